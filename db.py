@@ -1,7 +1,7 @@
 """The users: one MongoDB collection, and everything that the service asks of it.
 
 A user is {_id, email, password_hash, created_at, refresh_tokens: [Session, …]}; times are aware and in UTC.
-Every function raises Unavailable when MongoDB does not answer within TIMEOUT seconds.
+Every function raises Unavailable when MongoDB does not answer, within two times TIMEOUT_MS.
 """
 
 import atexit
@@ -25,7 +25,7 @@ load_dotenv(Path(__file__).with_name(".env"))
 
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
-TIMEOUT = 3  # seconds for an operation, retries included
+TIMEOUT_MS = 2000  # to find a server, to connect to it, and for its answer; PyMongo tries a second time
 SESSIONS_KEPT = 20
 
 
@@ -54,7 +54,14 @@ def open_users():
         if not MONGO_URI.startswith(("mongodb://", "mongodb+srv://")):
             raise ValueError
         with warnings.catch_warnings(action="error"):  # PyMongo only warns of an option that it does not understand
-            client = MongoClient(MONGO_URI, connect=False, tz_aware=True, timeoutMS=TIMEOUT * 1000)
+            client = MongoClient(
+                MONGO_URI,
+                connect=False,
+                tz_aware=True,
+                serverSelectionTimeoutMS=TIMEOUT_MS,
+                connectTimeoutMS=TIMEOUT_MS,
+                socketTimeoutMS=TIMEOUT_MS,
+            )
         atexit.register(client.close)
         return client[MONGO_DB_NAME].get_collection(
             "users", read_preference=ReadPreference.PRIMARY, write_concern=WriteConcern("majority", j=True)
@@ -94,7 +101,7 @@ users = open_users() if MONGO_URI else open_users_in_memory()
 def create_index() -> None:
     """Make emails unique; called once at the start, and the first time that MongoDB is asked anything."""
     try:
-        with pymongo.timeout(2 * TIMEOUT):
+        with pymongo.timeout(8):  # seconds; the first connection may be a slow one, and an index takes its time
             users.create_index("email", unique=True)
     except Unavailable as error:
         raise RuntimeError(
