@@ -155,6 +155,14 @@ def create_tokens(user_id: str, session: db.Session) -> Tokens:
     )
 
 
+# Routes are tried in their order, so the one that is asked most comes first.
+@router.get("/me", response_model=User, responses=UNAVAILABLE | INVALID_TOKEN)
+def me(user: CurrentUser) -> Response:
+    """Answer who the bearer of the access token is."""
+    # A ready answer: a User would be validated once more, and in one more thread.
+    return Response(user.model_dump_json(), media_type="application/json")
+
+
 @router.post(
     "/register",
     status_code=201,
@@ -183,13 +191,6 @@ def login(credentials: Credentials) -> Tokens:
     if user_id is None or not db.add_session(user_id, session):
         raise HTTPException(401, "Wrong email or password", {"WWW-Authenticate": "Bearer"})
     return create_tokens(user_id, session)
-
-
-@router.get("/me", response_model=User, responses=UNAVAILABLE | INVALID_TOKEN)
-def me(user: CurrentUser) -> Response:
-    """Answer who the bearer of the access token is."""
-    # A ready answer: a User would be validated once more, and in one more thread.
-    return Response(user.model_dump_json(), media_type="application/json")
 
 
 @router.post("/refresh", max_body_size=MAX_BODY_SIZE, responses=BODY | INVALID_TOKEN)
