@@ -25,18 +25,18 @@ SETTINGS = {  # an empty variable counts as not set, and keeps .env from setting
 }
 os.environ.update(SETTINGS)
 
-import jwt  # noqa: E402
-import pytest  # noqa: E402
-import uvicorn  # noqa: E402
-from argon2 import PasswordHasher  # noqa: E402
-from bson import ObjectId  # noqa: E402
-from fastapi import FastAPI  # noqa: E402
-from fastapi.testclient import TestClient  # noqa: E402
-from pymongo import MongoClient  # noqa: E402
+import jwt
+import pytest
+import uvicorn
+from argon2 import PasswordHasher
+from bson import ObjectId
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from pymongo import MongoClient
 
-import app  # noqa: E402
-import auth  # noqa: E402
-import db  # noqa: E402
+import app
+import auth
+import db
 
 HERE = Path(__file__).parent
 PASSWORD = "MyS3cret@1"
