@@ -1,4 +1,4 @@
-"""The routes: register, login and me, and beneath them refresh and logout."""
+"""The routes (me, register, login, refresh, logout), what they take and what they answer."""
 
 import gc
 import logging
@@ -48,7 +48,7 @@ class NewCredentials(Credentials):
 
 
 class RefreshToken(BaseModel):
-    """The newest refresh token of a session."""
+    """A refresh token: the newest of its session; to log out, an older one will do."""
 
     refresh_token: Annotated[str, Field(examples=["eyJhbGciOiJIUzI1NiIs…"])]
 
@@ -84,22 +84,22 @@ class Problems(BaseModel):
     detail: list[Problem]
 
 
-def refusal(status: int, description: str, model: type[BaseModel] = Refusal, **headers: str) -> dict:
+def documented(status: int, description: str, model: type[BaseModel] = Refusal, **headers: str) -> dict:
     """Return what the OpenAPI document says of one refusal; headers are given with an example each."""
     described = {name.replace("_", "-"): {"schema": {"type": "string"}, "example": headers[name]} for name in headers}
     return {status: {"description": description, "model": model, "headers": described}}
 
 
-UNAVAILABLE = refusal(503, "Too many logins at once, or no database", Retry_After="5")
-BODY = UNAVAILABLE | refusal(413, f"Over {MAX_BODY_SIZE} bytes") | refusal(422, "A malformed body or field", Problems)
-INVALID_TOKEN = refusal(401, "No valid token", WWW_Authenticate='Bearer error="invalid_token"')
+UNAVAILABLE = documented(503, "Too many logins at once, or no database", Retry_After="5")
+BAD_BODY = documented(413, f"Over {MAX_BODY_SIZE} bytes") | documented(422, "A malformed body or field", Problems)
+INVALID_TOKEN = documented(401, "No valid token", WWW_Authenticate='Bearer error="invalid_token"')
 
 
 # What holds for every route, also in an app that includes the router
 
 
 class AuthRoute(APIRoute):
-    """A route that keeps what it was sent out of its refusals, and its answers out of caches."""
+    """A route that keeps what it was sent out of its refusals, and its successes out of caches."""
 
     def get_route_handler(self) -> Callable:
         """Return FastAPI's handler of the route, wrapped."""
@@ -111,10 +111,10 @@ class AuthRoute(APIRoute):
             except RequestValidationError as error:  # FastAPI would send back the whole body, password and all
                 problems = [{key: problem[key] for key in ("loc", "msg", "type")} for problem in error.errors()]
                 raise HTTPException(422, problems) from None
-            except db.Unavailable as error:
+            except db.DatabaseError as error:
                 raise auth.database_unavailable(error) from None
-            except HTTPException as refusal:
-                if refusal.status_code != 400:  # FastAPI's, for a body that is in no known encoding or nested too deep
+            except HTTPException as error:
+                if error.status_code != 400:  # FastAPI's, for a body that is in no known encoding or nested too deep
                     raise
                 problem = {"loc": ["body"], "msg": "The body is not valid JSON", "type": "json_invalid"}
                 raise HTTPException(422, [problem]) from None
@@ -126,12 +126,8 @@ class AuthRoute(APIRoute):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Prepare the collection and the interpreter before the first request."""
+    """Prepare the collection before the first request."""
     db.create_index()
-    # A request is a dozen short turns of a few threads. Let each finish its turn (Python's default is 5 ms), and spare
-    # every full garbage collection what the imports have made: together a sixth more requests were measured.
-    sys.setswitchinterval(0.02)
-    gc.freeze()
     if not db.MONGO_URI:
         logger.warning(
             "auth-jwt keeps its users in memory: all of them are gone when this process stops. "
@@ -167,7 +163,7 @@ def me(user: CurrentUser) -> Response:
     "/register",
     status_code=201,
     max_body_size=MAX_BODY_SIZE,
-    responses=BODY | refusal(409, "The email is registered"),
+    responses=UNAVAILABLE | BAD_BODY | documented(409, "The email is registered"),
 )
 def register(credentials: NewCredentials) -> Tokens:
     """Create a user, and start a session."""
@@ -182,7 +178,7 @@ def register(credentials: NewCredentials) -> Tokens:
 @router.post(
     "/login",
     max_body_size=MAX_BODY_SIZE,
-    responses=BODY | refusal(401, "Wrong email or password", WWW_Authenticate="Bearer"),
+    responses=UNAVAILABLE | BAD_BODY | documented(401, "Wrong email or password", WWW_Authenticate="Bearer"),
 )
 def login(credentials: Credentials) -> Tokens:
     """Start a session of an existing user."""
@@ -193,7 +189,7 @@ def login(credentials: Credentials) -> Tokens:
     return create_tokens(user_id, session)
 
 
-@router.post("/refresh", max_body_size=MAX_BODY_SIZE, responses=BODY | INVALID_TOKEN)
+@router.post("/refresh", max_body_size=MAX_BODY_SIZE, responses=UNAVAILABLE | BAD_BODY | INVALID_TOKEN)
 def refresh(body: RefreshToken) -> Tokens:
     """Exchange a refresh token for a new pair."""
     return create_tokens(*auth.rotate_session(body.refresh_token))
@@ -204,17 +200,29 @@ def refresh(body: RefreshToken) -> Tokens:
     status_code=204,
     response_class=Response,
     max_body_size=MAX_BODY_SIZE,
-    responses=BODY | INVALID_TOKEN,
+    responses=UNAVAILABLE | BAD_BODY | INVALID_TOKEN,
 )
 def logout(body: RefreshToken) -> None:
     """End the session, and with it all of its tokens."""
     auth.revoke_session(body.refresh_token)
 
 
-# FastAPI's telemetry would hand whole requests, passwords included, to whatever processor the environment sets up.
+# What holds for this app alone
+
+
+@asynccontextmanager
+async def tune_interpreter(_: FastAPI) -> AsyncIterator[None]:
+    """Have the threads interrupt each other less and the garbage collector skip what the imports have made."""
+    sys.setswitchinterval(0.02)  # seconds; a turn in a request is shorter than Python's default of 0.005
+    gc.freeze()
+    yield
+
+
+# FastAPI's telemetry lets whatever processor is set up read whole requests, passwords included.
 app = FastAPI(
     title="auth-jwt",
     summary="Registers users, logs them in and knows them by their tokens",
+    lifespan=tune_interpreter,
     telemetry={"tracing": False, "metrics": False, "logs": False},
 )
 app.include_router(router)

@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 def read_secret_key() -> bytes:
     """Return the key that signs the tokens: JWT_SECRET_KEY, or a random one while the users are in memory."""
-    key = os.fsencode(os.getenv("JWT_SECRET_KEY", ""))
-    if not key and not db.MONGO_URI:
-        return secrets.token_bytes(32)
+    key = os.fsencode(os.getenv("JWT_SECRET_KEY", ""))  # the bytes as they were set, of whatever encoding
     if not db.MONGO_URI:
-        db.refuse_to_start("MONGO_URI is missing beside JWT_SECRET_KEY; set it, or neither to keep users in memory.")
+        if key:
+            db.refuse_to_start("MONGO_URI is missing beside JWT_SECRET_KEY; set both, or neither for users in memory.")
+        return secrets.token_bytes(32)
     try:
-        jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, key, "HS256")
+        jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, key, "HS256")  # PyJWT checks a key when it signs
     except jwt.InvalidKeyError:
         db.refuse_to_start(
             "JWT_SECRET_KEY needs at least 32 random bytes (RFC 7518 section 3.2) and must be no public key; "
@@ -47,7 +47,8 @@ def read_lifetime(name: str, default: str, unit: str) -> timedelta:
     """Return the lifetime that the named setting gives as a number of units ("minutes", "days")."""
     try:
         lifetime = timedelta(**{unit: float(os.getenv(name) or default)})
-        if lifetime > timedelta(0) and now() + lifetime:
+        now() + 2 * lifetime  # raises OverflowError when there is no such date, now or soon
+        if lifetime > timedelta(0):
             return lifetime
     except (ValueError, OverflowError):
         pass
@@ -55,7 +56,7 @@ def read_lifetime(name: str, default: str, unit: str) -> timedelta:
 
 
 def now() -> datetime:
-    """Return the time, in UTC; the one clock of this module, so that a test can set it."""
+    """Return the time, in UTC. A test can set this clock back; PyJWT's own, which expires tokens, goes on."""
     return datetime.now(UTC)
 
 
@@ -83,8 +84,8 @@ class Unavailable(HTTPException):
         super().__init__(503, detail, {"Retry-After": str(retry_after)})
 
 
-def database_unavailable(error: db.Unavailable) -> Unavailable:
-    """Return the refusal for a request that MongoDB did not answer; the log names the kind of error only."""
+def database_unavailable(error: db.DatabaseError) -> Unavailable:
+    """Return the refusal for a request that the database failed; only the kind of error is logged, no text of it."""
     logger.warning("MongoDB is unavailable: %s", type(error).__name__)
     return Unavailable("The database is unavailable; try again", retry_after=5)
 
@@ -102,7 +103,7 @@ PASSWORD_NEEDS = {  # Unicode's general categories
 
 
 def normalize_password(password: str) -> str:
-    """Return the password in NFC (RFC 8265 section 4.2), so that it is the same from every keyboard.
+    """Return the password in NFC, the normalization of RFC 8265 section 4.2, so that every keyboard types the same.
 
     Raises PydanticCustomError beyond MAX_PASSWORD_LENGTH code points, counted after normalization, and for a lone
     surrogate, which JSON can spell and UTF-8 cannot.
@@ -120,8 +121,8 @@ def normalize_password(password: str) -> str:
 def check_new_password(password: str) -> str:
     """Return the password normalized, or raise PydanticCustomError that names everything it lacks."""
     password = normalize_password(password)
-    found = {unicodedata.category(character) for character in password}
-    lacks = [need for need, kinds in PASSWORD_NEEDS.items() if not any(kind.startswith(kinds) for kind in found)]
+    categories = {unicodedata.category(character) for character in password}
+    lacks = [need for need, kinds in PASSWORD_NEEDS.items() if not any(c.startswith(kinds) for c in categories)]
     if len(password) < MIN_PASSWORD_LENGTH:
         lacks.insert(0, f"at least {MIN_PASSWORD_LENGTH} characters")
     if lacks:
@@ -138,7 +139,7 @@ HASHES_WAITING = 16
 hashing = threading.Semaphore(HASHES_AT_ONCE)
 places = threading.Semaphore(HASHES_AT_ONCE + HASHES_WAITING)
 
-# Logging in with an unknown email verifies this one, which no password matches: it takes the same time.
+# Logging in with an unknown email verifies this one, whose password nobody knows: it takes the same time.
 DUMMY_HASH = hasher.hash(secrets.token_urlsafe())
 
 
@@ -153,39 +154,38 @@ def hash_queue():
         places.release()
 
 
-@hash_queue()
 def hash_password(password: str) -> str:
     """Return the Argon2id hash of a normalized password. Raises Unavailable when the queue is full."""
-    with hashing:
+    with hash_queue(), hashing:
         return hasher.hash(password)
 
 
-@hash_queue()
 def authenticate(email: str, password: str) -> str | None:
     """Return the id of the user with this email and password, or None, in the same time whichever was wrong.
 
     A hash with older parameters is replaced. Raises Unavailable when the queue is full, before anything is looked up.
     """
-    user = db.find_user_by_email(email)
-    password_hash = user["password_hash"] if user else DUMMY_HASH
-    try:
-        with hashing:
-            hasher.verify(password_hash, password)
-    except (VerificationError, InvalidHashError):
-        return None
-    user_id = str(user["_id"])
-    if hasher.check_needs_rehash(password_hash):
-        with hashing:
-            new_hash = hasher.hash(password)
-        db.replace_password_hash(user_id, password_hash, new_hash)
-    return user_id
+    with hash_queue():
+        user = db.find_user_by_email(email)
+        password_hash = (user or {}).get("password_hash") or DUMMY_HASH
+        try:
+            with hashing:
+                hasher.verify(password_hash, password)
+        except (VerificationError, InvalidHashError):
+            return None
+        user_id = str(user["_id"])
+        if hasher.check_needs_rehash(password_hash):
+            with hashing:
+                new_hash = hasher.hash(password)
+            db.replace_password_hash(user_id, password_hash, new_hash)
+        return user_id
 
 
 # Tokens and sessions
 
 
 class Claims(BaseModel, strict=True):
-    """What every token must say (RFC 7519): all of it, and of these types."""
+    """What every token of ours must say, and in which types; sub, iat, exp and jti are RFC 7519's (section 4.1)."""
 
     sub: Annotated[str, Field(pattern="^[0-9a-f]{24}$")]  # the user's id
     iat: int
@@ -232,7 +232,7 @@ def read_token(token: str, kind: type[Claims]) -> Claims:
     """
     try:
         return kind.model_validate(jwt.decode(token, SECRET_KEY, ["HS256"]))
-    except (jwt.InvalidTokenError, ValidationError, UnicodeEncodeError):
+    except (jwt.InvalidTokenError, ValidationError, UnicodeEncodeError):  # the last for a lone surrogate in the string
         raise InvalidToken from None
 
 
@@ -251,18 +251,21 @@ def rotate_session(refresh_token: str) -> tuple[str, db.Session]:
     apart, so the session ends (RFC 9700 section 4.14.2). Raises InvalidToken for that and for every other string.
     """
     claims = read_token(refresh_token, RefreshClaims)
-    rotated = new_session(claims.sid, claims.generation + 1)
-    if db.rotate_session(claims.sub, rotated):
-        return claims.sub, rotated
+    replacement = new_session(claims.sid, claims.generation + 1)
+    if db.rotate_session(claims.sub, replacement):
+        return claims.sub, replacement
     current = db.find_session(claims.sub, claims.sid)
-    if current and current["generation"] == rotated["generation"] and now() - current["issued_at"] < REUSE_GRACE:
+    if current and current["generation"] == claims.generation + 1 and now() - current["issued_at"] < REUSE_GRACE:
         return claims.sub, current
     db.end_session(claims.sub, claims.sid)
     raise InvalidToken
 
 
 def revoke_session(refresh_token: str) -> None:
-    """End the session of this token, of whichever generation. Raises InvalidToken as rotate_session does."""
+    """End the session of this token, whichever generation it is of; one that has ended already is no error.
+
+    Raises InvalidToken for a string that is no such token, and when the user is gone.
+    """
     claims = read_token(refresh_token, RefreshClaims)
     if not db.end_session(claims.sub, claims.sid):
         raise InvalidToken
@@ -287,7 +290,7 @@ def get_current_user(credentials: Annotated[HTTPAuthorizationCredentials, Depend
     claims = read_token(credentials.credentials, AccessClaims)
     try:
         user = db.find_user_in_session(claims.sub, claims.sid)
-    except db.Unavailable as error:
+    except db.DatabaseError as error:
         raise database_unavailable(error) from None
     if user is None:
         raise InvalidToken

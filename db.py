@@ -1,11 +1,12 @@
 """The users: one MongoDB collection, and everything that the service asks of it.
 
 A user is {_id, email, password_hash, created_at, refresh_tokens: [Session, …]}; times are aware and in UTC.
-Every function raises Unavailable when MongoDB does not answer within TIMEOUT_MS.
+A question or a change raises DatabaseError when MongoDB refuses it or does not answer within TIMEOUT_MS.
 """
 
 import atexit
 import os
+import re
 import sys
 import threading
 import warnings
@@ -18,14 +19,24 @@ import pymongo
 from bson import ObjectId
 from dotenv import load_dotenv
 from pymongo import MongoClient, ReadPreference, WriteConcern
-from pymongo.errors import DuplicateKeyError, InvalidName
-from pymongo.errors import PyMongoError as Unavailable
+from pymongo.errors import DuplicateKeyError
+from pymongo.errors import PyMongoError as DatabaseError
 
-load_dotenv(Path(__file__).with_name(".env"))
+
+def refuse_to_start(reason: str) -> NoReturn:
+    """Print the reason as one line and exit with 3, which tells `uvicorn --workers` not to try again."""
+    print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
+    sys.exit(3)
+
+
+try:
+    load_dotenv(Path(__file__).with_name(".env"), encoding="utf-8-sig")
+except (OSError, ValueError):
+    refuse_to_start(".env cannot be read; save it as plain text in UTF-8.")
 
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
-TIMEOUT_MS = 4000  # for an operation, from finding a server to the last retry
+TIMEOUT_MS = 2500  # for an operation, from finding a server to the last retry
 SESSIONS_KEPT = 20
 
 
@@ -38,33 +49,29 @@ class Session(TypedDict):
     expires_at: datetime
 
 
-def refuse_to_start(reason: str) -> NoReturn:
-    """Print the reason as one line and exit with 3, which tells `uvicorn --workers` not to try again."""
-    print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
-    sys.exit(3)
-
-
 def open_users():
     """Return the collection in MongoDB; nothing is sent before its first use.
 
     A write is acknowledged once it is in the journal of a majority of the servers, so none that was acknowledged
     is lost with a process or a primary. Reads ask the primary: a session that has ended is ended at once.
     """
+    if not re.fullmatch("[A-Za-z0-9_-]{1,63}", MONGO_DB_NAME):
+        refuse_to_start("MONGO_DB_NAME is no name for a database; use up to 63 letters, digits, - and _.")
     try:
-        if not MONGO_URI.startswith(("mongodb://", "mongodb+srv://")):
+        if not re.match(r"mongodb(\+srv)?://", MONGO_URI):
             raise ValueError
+        MONGO_URI.encode()  # raises ValueError for bytes that are no UTF-8
         with warnings.catch_warnings(action="error"):  # PyMongo only warns of an option that it does not understand
             client = MongoClient(MONGO_URI, connect=False, tz_aware=True, timeoutMS=TIMEOUT_MS)
         atexit.register(client.close)
         return client[MONGO_DB_NAME].get_collection(
             "users", read_preference=ReadPreference.PRIMARY, write_concern=WriteConcern("majority", j=True)
         )
-    except InvalidName:
-        refuse_to_start("MONGO_DB_NAME is no name for a database; use letters, digits, - and _.")
-    except (Unavailable, ValueError, TypeError, Warning):  # their texts may quote the URI, password and all
+    except (DatabaseError, OSError, ValueError, TypeError, Warning):  # their texts may quote the URI, password and all
         refuse_to_start(
             "MONGO_URI is malformed; write mongodb://user:password@host:port or mongodb+srv://user:password@host, "
-            "percent-encode special characters in user and password, and check the options after the question mark."
+            "percent-encode special characters in user and password, and check the options behind the question mark "
+            "and the files that they name."
         )
 
 
@@ -92,12 +99,12 @@ users = open_users() if MONGO_URI else open_users_in_memory()
 
 
 def create_index() -> None:
-    """Make emails unique; called once at the start, and the first time that MongoDB is asked anything."""
+    """Make emails unique. The first thing that MongoDB is asked: raises RuntimeError when there is no usable one."""
     try:
         with pymongo.timeout(8):  # seconds; the first connection may be a slow one, and an index takes its time
             users.create_index("email", unique=True)
-    except Unavailable as error:
-        raise RuntimeError(
+    except DatabaseError as error:
+        raise RuntimeError(  # which uvicorn reports below its own lines; an exit would be cut short by them
             f"auth-jwt cannot start: no usable MongoDB at MONGO_URI ({type(error).__name__}); "
             "see that it runs, that the address is right and that its user may write to MONGO_DB_NAME."
         ) from None
@@ -128,7 +135,7 @@ def find_user_in_session(user_id: str, sid: str) -> dict[str, Any] | None:
 
 
 def replace_password_hash(user_id: str, old_hash: str, new_hash: str) -> None:
-    """Put the new hash in the old one's place, unless the password was changed in the meantime."""
+    """Put the new hash in the old one's place, unless that was replaced in the meantime."""
     users.update_one({"_id": ObjectId(user_id), "password_hash": old_hash}, {"$set": {"password_hash": new_hash}})
 
 
@@ -145,10 +152,9 @@ def find_session(user_id: str, sid: str) -> Session | None:
 
 
 def rotate_session(user_id: str, session: Session) -> bool:
-    """Replace the session's previous generation by this one; return False if that was not the current one.
+    """Store this generation of the session if the one before it is the current one; return whether it was.
 
-    The condition and the change are one operation: of any number of callers, one succeeds. mongomock looks for the
-    place of $ anew for each field that it sets, so the entry is set whole.
+    The condition and the change are one operation: of any number of callers, one succeeds.
     """
     previous = {"sid": session["sid"], "generation": session["generation"] - 1}
     return (

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Lock
@@ -71,15 +72,22 @@ def bystander(client):
 
 @pytest.fixture
 def set_clock(monkeypatch):
-    """A function that sets the service's clock to so many seconds, minutes, … ago."""
+    """A function that sets the service's clock to so many seconds, minutes, … ago; PyJWT's own goes on."""
     return lambda **ago: monkeypatch.setattr(auth, "now", lambda: datetime.now(UTC) - timedelta(**ago))
 
 
 @pytest.fixture
 def no_database(monkeypatch):
-    """A function that takes the database away until the end of the test."""
+    """A context in which nobody answers for the database."""
     nobody = MongoClient("mongodb://127.0.0.1:9", connect=False, timeoutMS=100)
-    yield lambda: monkeypatch.setattr(db, "users", nobody["none"]["users"])
+
+    @contextmanager
+    def away():
+        with monkeypatch.context() as patch:
+            patch.setattr(db, "users", nobody["none"]["users"])
+            yield
+
+    yield away
     nobody.close()
 
 
@@ -254,9 +262,23 @@ def test_login_replaces_a_hash_with_older_parameters_once(client, tokens, email)
     assert stored_user(tokens)["password_hash"] == new_hash
 
 
-def test_login_of_a_user_whose_hash_is_none_is_refused(client, tokens, email):
-    db.users.update_one({"email": email}, {"$set": {"password_hash": "$2b$12$no-argon2"}})
+@pytest.mark.parametrize("stored", ["$2b$12$no-argon2", "", None])
+def test_login_of_a_user_whose_stored_hash_is_not_argon2_is_refused(client, tokens, email, stored):
+    db.users.update_one({"email": email}, {"$set": {"password_hash": stored}})
     assert login(client, email).status_code == 401
+
+
+def test_login_does_not_undo_a_password_changed_meanwhile(client, tokens, email, monkeypatch):
+    class Hasher(PasswordHasher):
+        def hash(self, password):
+            db.users.update_one({"email": email}, {"$set": {"password_hash": "changed"}})
+            return super().hash(password)
+
+    old_hash = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash(PASSWORD)
+    db.users.update_one({"email": email}, {"$set": {"password_hash": old_hash}})
+    monkeypatch.setattr(auth, "hasher", Hasher())
+    login(client, email)
+    assert stored_user(tokens)["password_hash"] == "changed"
 
 
 def test_login_of_a_user_deleted_meanwhile_is_refused(client, email, monkeypatch):
@@ -406,6 +428,12 @@ REFRESH_FORGERIES = FORGERIES | {
     "generation negative": lambda c: signed(c | {"generation": -1}),
     "generation of 100 digits": lambda c: signed(c | {"generation": 10**100}),
 }
+
+
+@pytest.mark.parametrize("sign", [signed, lambda claims: with_header(claims, {"alg": "HS256"})])
+def test_a_token_with_the_same_claims_and_the_right_key_is_accepted(client, tokens, sign):
+    assert me(client, sign(claims_of(tokens["access_token"]))).status_code == 200
+    assert refresh(client, sign(claims_of(tokens["refresh_token"]))).status_code == 200
 
 
 @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES.keys())
@@ -636,45 +664,57 @@ def test_the_examples_of_the_openapi_document_pass(client):
 # Floods
 
 
-def test_a_full_queue_refuses_hashes_at_once_and_nothing_else(client, tokens, email, no_database, monkeypatch):
+def test_a_full_queue_refuses_hashes_at_once_and_nothing_else(client, tokens, email, no_database):
     places = auth.HASHES_AT_ONCE + auth.HASHES_WAITING
     assert all(auth.places.acquire(blocking=False) for _ in range(places))
-    with monkeypatch.context():
-        no_database()  # it would be missed if it were asked
-        for response in (register(client, "new-" + email), login(client, email)):
-            assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
-            assert response.json() == {"detail": "Too many logins at once; try again"}
-    monkeypatch.undo()
-    assert me(client, tokens["access_token"]).status_code == 200
-    assert refresh(client, tokens["refresh_token"]).status_code == 200
-    auth.places.release(places)
+    try:
+        with no_database():  # which is not asked
+            for response in (register(client, "new-" + email), login(client, email)):
+                assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+                assert response.json() == {"detail": "Too many logins at once; try again"}
+        assert me(client, tokens["access_token"]).status_code == 200
+        assert refresh(client, tokens["refresh_token"]).status_code == 200
+    finally:
+        auth.places.release(places)
     assert login(client, email).status_code == 200
 
 
-def test_a_place_in_the_queue_is_given_back_whatever_happens(client, tokens, email, monkeypatch):
+def test_a_place_in_the_queue_is_given_back_whatever_happens(client, tokens, email, no_database, monkeypatch):
     monkeypatch.setattr(auth, "places", auth.threading.Semaphore(1))
-    answers = [login(client, email), login(client, email, "wrong"), register(client, email), login(client, email)]
-    assert [response.status_code for response in answers] == [200, 401, 409, 200]
+    answers = [login(client, email), login(client, email, "wrong"), register(client, email)]
+    with no_database():
+        answers.append(login(client, email))
+    answers.append(login(client, email))
+    assert [response.status_code for response in answers] == [200, 401, 409, 503, 200]
 
 
-def test_no_more_hashes_are_made_at_once_than_allowed(client, tokens, email, monkeypatch):
+@pytest.mark.parametrize("route", ["register", "login"])
+def test_no_more_hashes_are_made_at_once_than_allowed(client, tokens, email, route, monkeypatch):
     lock, now, most = Lock(), [], []
 
+    @contextmanager
+    def counted():
+        with lock:
+            now.append(1)
+            most.append(len(now))
+        yield
+        with lock:
+            now.pop()
+
     class Hasher(PasswordHasher):
+        def hash(self, password):
+            with counted():
+                return super().hash(password)
+
         def verify(self, hash, password):
-            with lock:
-                now.append(1)
-                most.append(len(now))
-            try:
+            with counted():
                 return super().verify(hash, password)
-            finally:
-                with lock:
-                    now.pop()
 
     monkeypatch.setattr(auth, "hasher", Hasher())
     monkeypatch.setattr(auth, "hashing", auth.threading.Semaphore(2))
-    answers = in_parallel(lambda: login(client, email), 8)
-    assert [response.status_code for response in answers] == [200] * 8
+    body = {"email": email, "password": PASSWORD}
+    answers = in_parallel(lambda: client.post(f"/auth/{route}", json=body), 8)
+    assert {response.status_code for response in answers} == {200 if route == "login" else 409}
     assert max(most) == 2
 
 
@@ -682,9 +722,9 @@ def test_no_more_hashes_are_made_at_once_than_allowed(client, tokens, email, mon
 
 
 def test_without_a_database_what_needs_it_is_503_and_says_nothing_of_it(client, tokens, email, no_database, caplog):
-    no_database()
-    answers = [register(client, "new-" + email), login(client, email), me(client, tokens["access_token"])]
-    answers += [refresh(client, tokens["refresh_token"]), logout(client, tokens["refresh_token"])]
+    with no_database():
+        answers = [register(client, "new-" + email), login(client, email), me(client, tokens["access_token"])]
+        answers += [refresh(client, tokens["refresh_token"]), logout(client, tokens["refresh_token"])]
     for response in answers:
         assert (response.status_code, response.headers["Retry-After"]) == (503, "5")
         assert response.json() == {"detail": "The database is unavailable; try again"}
@@ -694,23 +734,17 @@ def test_without_a_database_what_needs_it_is_503_and_says_nothing_of_it(client, 
 
 
 def test_without_a_database_what_does_not_need_it_is_answered_as_always(client, no_database):
-    no_database()
-    assert client.post("/auth/login", json={"email": "x"}).status_code == 422
-    assert is_invalid_token(me(client, "x"))
-    assert is_invalid_token(refresh(client, "x"))
-
-
-def test_when_the_database_is_back_so_is_the_service(client, tokens, no_database, monkeypatch):
-    no_database()
-    assert me(client, tokens["access_token"]).status_code == 503
-    monkeypatch.undo()
-    assert me(client, tokens["access_token"]).status_code == 200
+    with no_database():
+        assert client.post("/auth/login", json={"email": "x"}).status_code == 422
+        assert is_invalid_token(me(client, "x"))
+        assert is_invalid_token(refresh(client, "x"))
 
 
 # Embedding
 
 
-def test_another_app_includes_the_router_and_protects_its_own_routes(email, no_database):
+def test_another_app_includes_the_router_and_protects_its_own_routes(email, no_database, monkeypatch):
+    monkeypatch.setattr(db, "users", db.users.database["embedded"])
     outer = FastAPI()
     outer.include_router(app.router)
 
@@ -719,24 +753,25 @@ def test_another_app_includes_the_router_and_protects_its_own_routes(email, no_d
         return {"of": user.email}
 
     with TestClient(outer) as client:
+        assert db.users.index_information()["email_1"]["unique"]
         bearer = {"Authorization": f"Bearer {register(client, email).json()['access_token']}"}
         assert client.get("/mine", headers=bearer).json() == {"of": email}
         assert client.get("/mine").status_code == 401
         assert is_invalid_token(client.get("/mine", headers={"Authorization": "Bearer x"}))
         assert SECRET not in client.post("/auth/login", json={"email": SECRET, "password": [SECRET]}).text
-        no_database()
-        assert client.get("/mine", headers=bearer).status_code == 503
-        assert login(client, email).status_code == 503
+        with no_database():
+            assert client.get("/mine", headers=bearer).status_code == 503
+            assert login(client, email).status_code == 503
 
 
 # Starting
 
 
-def start(command, **settings):
+def start(command, folder=HERE, **settings):
     """Run the command with only these settings, and return what it was: its exit code and standard error."""
     environment = os.environ | dict.fromkeys(SETTINGS, "") | settings
     process = subprocess.run(
-        [sys.executable, *command], cwd=HERE, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
     )
     return process.returncode, process.stderr
 
@@ -758,7 +793,10 @@ GOOD = {"MONGO_URI": "mongodb://alice:s3cret-uri@127.0.0.1:9", "JWT_SECRET_KEY":
         ("MONGO_URI", "mongodb://alice:s3cret-uri@@127.0.0.1"),
         ("MONGO_URI", "mongodb://alice:s3cret-uri@127.0.0.1:port"),
         ("MONGO_URI", "mongodb://127.0.0.1/?maxPoolSize=s3cret-uri"),
+        ("MONGO_URI", "mongodb://127.0.0.1/?tls=true&tlsCAFile=s3cret-uri"),
+        ("MONGO_URI", "mongodb://alice:s3cret-uri\udcff@127.0.0.1"),
         ("MONGO_DB_NAME", "no name"),
+        ("MONGO_DB_NAME", "long" * 16),
         ("ACCESS_TOKEN_EXPIRE_MINUTES", "soon"),
         ("ACCESS_TOKEN_EXPIRE_MINUTES", "0"),
         ("ACCESS_TOKEN_EXPIRE_MINUTES", "-1"),
@@ -775,8 +813,16 @@ def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(setting, va
     assert "s3cret" not in printed
 
 
+def test_an_env_file_that_is_no_utf_8_stops_the_start_with_one_line(tmp_path):
+    for module in ("app.py", "auth.py", "db.py"):
+        (tmp_path / module).write_bytes((HERE / module).read_bytes())
+    (tmp_path / ".env").write_text("MONGO_URI=mongodb://127.0.0.1", encoding="utf-16")
+    code, printed = start(["app.py"], folder=tmp_path)
+    assert (code, printed) == (3, "auth-jwt cannot start: .env cannot be read; save it as plain text in UTF-8.\n")
+
+
 @pytest.mark.parametrize("setting", ["JWT_SECRET_KEY", "MONGO_URI"])
-def test_so_it_does_under_uvicorn(setting):
+def test_a_half_configured_service_does_not_start_under_uvicorn_either(setting):
     code, printed = start(UVICORN, **GOOD | {setting: ""})
     assert (code, printed.count("\n")) == (3, 1)
     assert printed.startswith(f"auth-jwt cannot start: {setting}")
