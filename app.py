@@ -92,6 +92,7 @@ def documented(status: int, description: str, model: type[BaseModel] = Refusal, 
 
 UNAVAILABLE = documented(503, "Too many logins at once, or no database", Retry_After="5")
 BAD_BODY = documented(413, f"Over {MAX_BODY_SIZE} bytes") | documented(422, "A malformed body or field", Problems)
+BAD_BODY[413]["content"] = {"text/plain": {}}  # Starlette's own answer, when the length was announced
 INVALID_TOKEN = documented(401, "No valid token", WWW_Authenticate='Bearer error="invalid_token"')
 
 

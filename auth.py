@@ -173,7 +173,7 @@ def authenticate(email: str, password: str) -> str | None:
                 hasher.verify(password_hash, password)
         except (VerificationError, InvalidHashError):
             return None
-        user_id = str(user["_id"])
+        user_id = str(user["_id"])  # there is a user, since nothing verifies against DUMMY_HASH
         if hasher.check_needs_rehash(password_hash):
             with hashing:
                 new_hash = hasher.hash(password)
