@@ -1,7 +1,7 @@
 """The users: one MongoDB collection, and everything that the service asks of it.
 
 A user is {_id, email, password_hash, created_at, refresh_tokens: [Session, …]}; times are aware and in UTC.
-A question or a change raises DatabaseError when MongoDB refuses it or does not answer within TIMEOUT_MS.
+A question or a change raises DatabaseError when MongoDB refuses it or does not answer in about TIMEOUT_MS.
 """
 
 import atexit
