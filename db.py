@@ -104,7 +104,8 @@ def create_index() -> None:
         with pymongo.timeout(8):  # seconds; the first connection may be a slow one, and an index takes its time
             users.create_index("email", unique=True)
     except DatabaseError as error:
-        raise RuntimeError(  # which uvicorn reports below its own lines; an exit would be cut short by them
+        # Raised, so that it is the last line of uvicorn's traceback; refuse_to_start would print it above that.
+        raise RuntimeError(
             f"auth-jwt cannot start: no usable MongoDB at MONGO_URI ({type(error).__name__}); "
             "see that it runs, that the address is right and that its user may write to MONGO_DB_NAME."
         ) from None
