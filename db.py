@@ -1,30 +1,33 @@
-"""The users: one MongoDB collection, and everything that the service asks of it.
+"""MongoDB access: connection, unique index, circuit breaker and queries.
 
-A user is {_id, email, password_hash, created_at, refresh_tokens: [Session, …]}; times are aware and in UTC.
-A question or a change raises DatabaseError when MongoDB refuses it or does not answer in about TIMEOUT_MS.
+A user is {_id, email, password_hash, created_at, refresh_tokens: [Session, ...]} and, after wrong
+passwords, failed_logins: {count, last}. Times are in UTC.
 """
 
-import atexit
+import logging
 import os
-import re
 import sys
 import threading
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from time import monotonic
+from typing import TypedDict
 
-import pymongo
+import mongomock
 from bson import ObjectId
 from dotenv import load_dotenv
-from pymongo import MongoClient, ReadPreference, WriteConcern
-from pymongo.errors import DuplicateKeyError
-from pymongo.errors import PyMongoError as DatabaseError
+from pymongo import MongoClient, ReadPreference, WriteConcern, timeout
+from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
+
+logger = logging.getLogger("auth_jwt")
 
 
-def refuse_to_start(reason: str) -> NoReturn:
-    """Print the reason as one line and exit with 3, which tells `uvicorn --workers` not to try again."""
+def refuse_to_start(reason: str) -> None:
+    """Print the reason in one line and exit with 3, which stops `uvicorn --workers`."""
     print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
     sys.exit(3)
 
@@ -32,141 +35,186 @@ def refuse_to_start(reason: str) -> NoReturn:
 try:
     load_dotenv(Path(__file__).with_name(".env"), encoding="utf-8-sig")
 except (OSError, ValueError):
-    refuse_to_start(".env cannot be read; save it as plain text in UTF-8.")
+    refuse_to_start(".env cannot be read. Save it as plain text in UTF-8.")
 
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
-TIMEOUT_MS = 2500  # for an operation, from finding a server to the last retry
-SESSIONS_KEPT = 20
+TIMEOUT_MS = 2500  # per operation, including server selection and retries
+RETRY_INTERVAL = 1.0  # seconds between attempts while the circuit breaker is open
+MAX_SESSIONS = 20
 
 
 class Session(TypedDict):
-    """One login of a user: it describes the session's current refresh token without being one."""
+    """A login of a user. The generation counts the rotations of its refresh token."""
 
     sid: str
     generation: int
     issued_at: datetime
-    expires_at: datetime
 
 
-def open_users():
-    """Return the collection in MongoDB; nothing is sent before its first use.
+class DatabaseUnavailable(PyMongoError):
+    """MongoDB does not answer."""
 
-    A write is acknowledged once it is in the journal of a majority of the servers, so none that was acknowledged
-    is lost with a process or a primary. Reads ask the primary: a session that has ended is ended at once.
-    """
-    if not re.fullmatch("[A-Za-z0-9_-]{1,63}", MONGO_DB_NAME):
-        refuse_to_start("MONGO_DB_NAME is no name for a database; use up to 63 letters, digits, - and _.")
+
+def get_collection(uri: str):
+    """Return the users collection. The first query opens the connection."""
     try:
-        if not re.match(r"mongodb(\+srv)?://", MONGO_URI):
+        if not uri.startswith(("mongodb://", "mongodb+srv://")):
             raise ValueError
-        MONGO_URI.encode()  # raises ValueError for bytes that are no UTF-8
-        with warnings.catch_warnings(action="error"):  # PyMongo only warns of an option that it does not understand
-            client = MongoClient(MONGO_URI, connect=False, tz_aware=True, timeoutMS=TIMEOUT_MS)
-        atexit.register(client.close)
+        # PyMongo only warns about a misspelled option.
+        with warnings.catch_warnings(action="error"):
+            client = MongoClient(uri, connect=False, tz_aware=True, timeoutMS=TIMEOUT_MS)
+        # Options in the URI override those of the client.
         return client[MONGO_DB_NAME].get_collection(
-            "users", read_preference=ReadPreference.PRIMARY, write_concern=WriteConcern("majority", j=True)
+            "users",
+            read_preference=ReadPreference.PRIMARY,
+            write_concern=WriteConcern("majority", j=True),
         )
-    except (DatabaseError, OSError, ValueError, TypeError, Warning):  # their texts may quote the URI, password and all
-        refuse_to_start(
-            "MONGO_URI is malformed; write mongodb://user:password@host:port or mongodb+srv://user:password@host, "
-            "percent-encode special characters in user and password, and check the options behind the question mark "
-            "and the files that they name."
-        )
+    # The text of these errors can contain the password.
+    except (PyMongoError, OSError, ValueError, Warning):
+        refuse_to_start("MONGO_URI or MONGO_DB_NAME is malformed. See Settings in README.md.")
 
 
-def open_users_in_memory():
-    """Return a mongomock collection whose operations are atomic, as MongoDB's are on one document."""
-    import mongomock
-
-    collection = mongomock.MongoClient(tz_aware=True)[MONGO_DB_NAME]["users"]
-    lock = threading.Lock()
-
-    def one_at_a_time(operation):
-        @wraps(operation)
-        def locked(*args, **kwargs):
-            with lock:
-                return operation(*args, **kwargs)
-
-        return locked
-
-    for operation in (collection.insert_one, collection.find_one, collection.update_one):
-        setattr(collection, operation.__name__, one_at_a_time(operation))
-    return collection
+users = get_collection(MONGO_URI) if MONGO_URI else mongomock.MongoClient(tz_aware=True).db.users
+# The operations of mongomock are not atomic.
+memory_lock = nullcontext() if MONGO_URI else threading.Lock()
 
 
-users = open_users() if MONGO_URI else open_users_in_memory()
-
-
+@cache
 def create_index() -> None:
-    """Make emails unique. The first thing that MongoDB is asked: raises RuntimeError when there is no usable one."""
+    """Make emails unique. Runs once per process."""
+    users.create_index("email", unique=True)
+
+
+def prepare_collection() -> None:
+    """Create the index at start-up, in at most 8 seconds. Raises RuntimeError."""
     try:
-        with pymongo.timeout(8):  # seconds; the first connection may be a slow one, and an index takes its time
-            users.create_index("email", unique=True)
-    except DatabaseError as error:
-        # Raised, so that it is the last line of uvicorn's traceback; refuse_to_start would print it above that.
-        raise RuntimeError(
-            f"auth-jwt cannot start: no usable MongoDB at MONGO_URI ({type(error).__name__}); "
-            "see that it runs, that the address is right and that its user may write to MONGO_DB_NAME."
-        ) from None
+        with timeout(8):
+            create_index()
+    except PyMongoError as error:
+        reason = f"no usable MongoDB at MONGO_URI ({get_error_name(error)})"
+        if isinstance(error, DuplicateKeyError):
+            reason = "several users have the same email, or none"
+        raise RuntimeError(f"auth-jwt cannot start: {reason}.") from None
 
 
+def get_error_name(error: PyMongoError) -> str:
+    """Return the server's name for the error, or its class. The text can quote a document."""
+    details = getattr(error, "details", None) or {}
+    return details.get("codeName", type(error).__name__)
+
+
+breaker_lock = threading.Lock()
+next_attempt = 0.0  # monotonic(); 0.0 while the circuit breaker is closed
+last_answer = 0.0  # monotonic()
+
+
+def circuit_breaker(query: Callable) -> Callable:
+    """Decorate a query. All queries share one circuit breaker.
+
+    It opens when MongoDB does not answer and closes at the next answer. While it is open, one call
+    per RETRY_INTERVAL runs its query; all others raise DatabaseUnavailable at once.
+    """
+
+    @wraps(query)
+    def guarded_query(*args):
+        global next_attempt, last_answer
+        started = monotonic()
+        with breaker_lock:
+            if started < next_attempt:
+                raise DatabaseUnavailable
+            if next_attempt:
+                next_attempt = started + RETRY_INTERVAL
+        answered = True
+        try:
+            with memory_lock:
+                return query(*args)
+        except ConnectionFailure:
+            answered = False
+            raise DatabaseUnavailable from None
+        finally:
+            with breaker_lock:
+                if answered:
+                    next_attempt, last_answer = 0.0, monotonic()
+                # A query that started before the last answer reports an old outage.
+                elif not next_attempt and started > last_answer:
+                    next_attempt = monotonic() + RETRY_INTERVAL
+                    logger.error("MongoDB does not answer")
+
+    return guarded_query
+
+
+@circuit_breaker
 def create_user(email: str, password_hash: str, session: Session) -> str | None:
-    """Store a user with their first session and return the new id, or None if the email is taken."""
-    user = {
-        "email": email,
-        "password_hash": password_hash,
-        "created_at": session["issued_at"],
-        "refresh_tokens": [session],
-    }
+    """Store a user with their first session. Return the user's id, or None for a taken email."""
+    create_index()
+    user = {"email": email, "password_hash": password_hash, "refresh_tokens": [session]}
+    user["created_at"] = session["issued_at"]
     try:
         return str(users.insert_one(user).inserted_id)
     except DuplicateKeyError:
         return None
 
 
-def find_user_by_email(email: str) -> dict[str, Any] | None:
-    """Return the user's _id and password_hash, or None."""
-    return users.find_one({"email": email}, {"password_hash": 1})
+@circuit_breaker
+def find_user_by_email(email: str) -> dict | None:
+    """Return the user's _id, password_hash and failed_logins (if any), or None."""
+    usable = {"email": email, "password_hash": {"$type": "string"}}
+    return users.find_one(usable, {"password_hash": 1, "failed_logins": 1})
 
 
-def find_user_in_session(user_id: str, sid: str) -> dict[str, Any] | None:
-    """Return the user's email and created_at, or None if the user is gone or the session has ended."""
-    return users.find_one({"_id": ObjectId(user_id), "refresh_tokens.sid": sid}, {"email": 1, "created_at": 1})
+@circuit_breaker
+def find_user_by_session(user_id: str, sid: str) -> dict | None:
+    """Return the user's email and created_at, or None if the user or the session is gone."""
+    usable = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
+    user = users.find_one(usable, {"email": 1, "created_at": 1})
+    if user and not isinstance(user.get("created_at"), datetime):
+        user["created_at"] = user["_id"].generation_time
+    return user
 
 
+@circuit_breaker
 def replace_password_hash(user_id: str, old_hash: str, new_hash: str) -> None:
-    """Put the new hash in the old one's place, unless that was replaced in the meantime."""
-    users.update_one({"_id": ObjectId(user_id), "password_hash": old_hash}, {"$set": {"password_hash": new_hash}})
+    """Replace the password hash, unless it has changed in the meantime."""
+    unchanged = {"_id": ObjectId(user_id), "password_hash": old_hash}
+    users.update_one(unchanged, {"$set": {"password_hash": new_hash}})
 
 
+@circuit_breaker
+def record_failed_login(email: str, failed_at: datetime) -> None:
+    """Count a wrong password. Does nothing for an unknown email."""
+    count = {"$inc": {"failed_logins.count": 1}, "$set": {"failed_logins.last": failed_at}}
+    # Waiting for the journal would reveal that the email is registered.
+    users.with_options(write_concern=WriteConcern(1)).update_one({"email": email}, count)
+
+
+@circuit_breaker
 def add_session(user_id: str, session: Session) -> bool:
-    """Add a session, the newest SESSIONS_KEPT stay; return False if the user is gone."""
-    newest = {"$each": [session], "$slice": -SESSIONS_KEPT}
-    return users.update_one({"_id": ObjectId(user_id)}, {"$push": {"refresh_tokens": newest}}).matched_count == 1
+    """Add a session and drop the oldest above MAX_SESSIONS. Return whether the user exists."""
+    newest = {"$each": [session], "$slice": -MAX_SESSIONS}
+    changes = {"$push": {"refresh_tokens": newest}, "$unset": {"failed_logins": ""}}
+    return users.update_one({"_id": ObjectId(user_id)}, changes).matched_count == 1
 
 
-def find_session(user_id: str, sid: str) -> Session | None:
-    """Return the session, or None if it has ended or the user is gone."""
-    user = users.find_one({"_id": ObjectId(user_id), "refresh_tokens.sid": sid}, {"refresh_tokens": 1})
-    return user and next(session for session in user["refresh_tokens"] if session["sid"] == sid)
+@circuit_breaker
+def advance_session(user_id: str, session: Session) -> Session | None:
+    """Replace the generation before this one, if it is current. Return the current session.
 
-
-def rotate_session(user_id: str, session: Session) -> bool:
-    """Store this generation of the session if the one before it is the current one; return whether it was.
-
-    The condition and the change are one operation: of any number of callers, one succeeds.
+    Returns None if the user or the session is gone.
     """
     previous = {"sid": session["sid"], "generation": session["generation"] - 1}
-    return (
-        users.update_one(
-            {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}},
-            {"$set": {"refresh_tokens.$": session}},
-        ).matched_count
-        == 1
-    )
+    unchanged = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
+    if users.update_one(unchanged, {"$set": {"refresh_tokens.$": session}}).matched_count:
+        return session
+    same_session = {"$elemMatch": {"sid": session["sid"]}}
+    in_session = {"_id": ObjectId(user_id), "refresh_tokens": same_session}
+    user = users.find_one(in_session, {"refresh_tokens": same_session})
+    return user["refresh_tokens"][0] if user else None
 
 
-def end_session(user_id: str, sid: str) -> bool:
-    """End the session if it still stands; return False if the user is gone."""
-    return users.update_one({"_id": ObjectId(user_id)}, {"$pull": {"refresh_tokens": {"sid": sid}}}).matched_count == 1
+@circuit_breaker
+def delete_session(user_id: str, sid: str) -> bool | None:
+    """Delete the session. Return whether there was one, or None if the user is gone."""
+    removal = {"$pull": {"refresh_tokens": {"sid": sid}}}
+    result = users.update_one({"_id": ObjectId(user_id)}, removal)
+    return result.modified_count == 1 if result.matched_count else None
