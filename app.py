@@ -23,7 +23,7 @@ logger = logging.getLogger("auth_jwt")
 
 
 def normalize_email(value: str, validate) -> str:
-    """Return the email in lower case. Raises PydanticCustomError if it is not valid."""
+    """Return the email in lower case. Raises PydanticCustomError."""
     try:
         return validate(value).lower()
     except ValidationError:
@@ -56,7 +56,7 @@ class RefreshToken(BaseModel):
 
 
 class Tokens(BaseModel):
-    """An access token for the Authorization header and a refresh token for the next pair."""
+    """An access token, and a refresh token for the next pair."""
 
     user_id: str
     access_token: str
@@ -80,7 +80,7 @@ class AuthRoute(APIRoute):
             try:
                 response = await original_handler(request)
             except RequestValidationError as error:
-                # FastAPI's own response quotes the input, and with it the password.
+                # FastAPI's own response quotes the password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise HTTPException(422, errors) from None
             except PyMongoError as error:
@@ -178,5 +178,5 @@ if CORS_ORIGINS:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    print("auth-jwt: open http://127.0.0.1:5000/docs", flush=True)
+    print("auth-jwt: open http://127.0.0.1:5000/docs")
     uvicorn.run(app, host="127.0.0.1", port=5000)

@@ -1,5 +1,6 @@
 """Passwords, tokens, sessions and the current user."""
 
+import asyncio
 import ipaddress
 import logging
 import math
@@ -112,7 +113,7 @@ def normalize_password(password: str) -> str:
 
 
 def check_new_password(password: str) -> str:
-    """Return the normalized password. Raises PydanticCustomError that names all unmet rules."""
+    """Return the normalized password. Raises PydanticCustomError if it is weak."""
     password = normalize_password(password)
     missing = [rule for rule, is_met in PASSWORD_RULES.items() if not is_met(password)]
     if missing:
@@ -124,7 +125,7 @@ def authenticate(email: str, password: str, client: str) -> str | None:
     """Return the user's id, or None if the email or password is wrong. Raises TryAgain."""
     user = db.find_user_by_email(email)
     if user is None:
-        # The response to an unknown email takes as long as that to a wrong password.
+        # An unknown email must take as long as a wrong password.
         user = {"_id": None, "password_hash": DUMMY_HASH}
     user_id, password_hash = str(user["_id"]), user["password_hash"]
     wait = get_login_wait(user)
@@ -155,6 +156,7 @@ def get_login_wait(user: dict) -> float:
 # Hashing is expensive, so the number of concurrent hashes is limited.
 MAX_CONCURRENT_HASHES = 2
 HASH_QUEUE_SIZE = 16
+REJECTION_DELAY = 0.5  # seconds, so that a flood does not keep the event loop busy
 hash_queue = []
 
 
@@ -170,12 +172,13 @@ def get_network(host: str) -> str:
 async def join_hash_queue(request: Request):
     """Hold a place in the queue until the route function returns. Yield the client's address.
 
-    A network may take a place while it holds fewer than are free, so that others find one (dynamic
-    threshold, Choudhury and Hahne 1998). Needs no lock on the event loop. Raises TryAgain.
+    A network may hold fewer places than are free, so that others find one (dynamic threshold,
+    Choudhury and Hahne 1998). On the event loop this needs no lock. Raises TryAgain.
     """
     host = request.client.host if request.client else "unknown"
     network = get_network(host)
     if hash_queue.count(network) >= HASH_QUEUE_SIZE - len(hash_queue):
+        await asyncio.sleep(REJECTION_DELAY)
         raise TryAgain(503, "Too many logins at once; try again", seconds=1)
     hash_queue.append(network)
     try:
@@ -240,7 +243,7 @@ def create_session() -> db.Session:
 
 
 def rotate_session(refresh_token: str) -> tuple[str, db.Session]:
-    """Return the user's id and the session after this token is replaced. Raises InvalidToken.
+    """Return the user's id and the rotated session. Raises InvalidToken.
 
     For REUSE_GRACE the replaced token returns the same generation again, because a response can
     get lost. An older token has been stolen, so the session ends (RFC 9700 section 4.14.2).

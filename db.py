@@ -35,7 +35,7 @@ def refuse_to_start(reason: str) -> None:
 try:
     load_dotenv(Path(__file__).with_name(".env"), encoding="utf-8-sig")
 except (OSError, ValueError):
-    refuse_to_start(".env cannot be read. Save it as plain text in UTF-8.")
+    refuse_to_start(".env cannot be read; save it in UTF-8.")
 
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
@@ -72,7 +72,7 @@ def get_collection(uri: str):
         )
     # The text of these errors can contain the password.
     except (PyMongoError, OSError, ValueError, Warning):
-        refuse_to_start("MONGO_URI or MONGO_DB_NAME is malformed. See Settings in README.md.")
+        refuse_to_start("MONGO_URI or MONGO_DB_NAME is malformed; see README.md.")
 
 
 users = get_collection(MONGO_URI) if MONGO_URI else mongomock.MongoClient(tz_aware=True).db.users
@@ -206,9 +206,8 @@ def advance_session(user_id: str, session: Session) -> Session | None:
     unchanged = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
     if users.update_one(unchanged, {"$set": {"refresh_tokens.$": session}}).matched_count:
         return session
-    same_session = {"$elemMatch": {"sid": session["sid"]}}
-    in_session = {"_id": ObjectId(user_id), "refresh_tokens": same_session}
-    user = users.find_one(in_session, {"refresh_tokens": same_session})
+    this_session = {"refresh_tokens": {"$elemMatch": {"sid": session["sid"]}}}
+    user = users.find_one({"_id": ObjectId(user_id)} | this_session, this_session)
     return user["refresh_tokens"][0] if user else None
 
 

@@ -76,6 +76,11 @@ def client(cheap_hasher):
 
 
 @pytest.fixture(autouse=True)
+def no_rejection_delay(monkeypatch):
+    monkeypatch.setattr(auth, "REJECTION_DELAY", 0)
+
+
+@pytest.fixture(autouse=True)
 def closed_breaker(monkeypatch):
     """Start and end each test with a closed circuit breaker."""
     monkeypatch.setattr(db, "next_attempt", 0.0)
@@ -589,6 +594,18 @@ def test_a_request_that_finds_no_place_gets_503_and_others_are_not_affected(
     assert response.json() == {"detail": "Too many logins at once; try again"}
     assert me(client, tokens["access_token"]).status_code == 200
     assert refresh(client, tokens["refresh_token"]).status_code == 200
+
+
+def test_a_rejection_takes_half_a_second_and_does_not_delay_other_requests(
+    client, tokens, monkeypatch
+):
+    monkeypatch.undo()
+    monkeypatch.setattr(auth, "hash_queue", ["testclient"] * 8)
+    with ThreadPoolExecutor(1) as pool:
+        rejected = pool.submit(login, client, "alice@example.com")
+        while not rejected.done():
+            assert me(client, tokens["access_token"]).status_code == 200
+    assert rejected.result().elapsed > timedelta(seconds=0.5)
 
 
 def test_a_request_without_a_client_address_is_accepted(client, tokens, email):
