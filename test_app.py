@@ -886,6 +886,12 @@ def test_refresh_returns_a_new_pair_of_tokens_of_the_same_session(client, tokens
     assert after["jti"] != before["jti"]
 
 
+def test_each_refresh_advances_the_generation_by_one(client, tokens):
+    for generation in range(1, 6):
+        tokens = refresh(client, tokens["refresh_token"]).json()
+        assert claims_of(tokens["refresh_token"])["generation"] == generation
+
+
 def test_a_refresh_token_expires_7_days_after_the_last_refresh(client, email, set_clock):
     set_clock(days=-8)
     first = register(client, email).json()["refresh_token"]
@@ -1179,6 +1185,25 @@ def test_while_mongodb_does_not_answer_one_request_per_second_tries_it(
     assert me(client, tokens["access_token"]).status_code == 200
     assert me(client, tokens["access_token"]).status_code == 200
     assert events() == [("ERROR", "MongoDB does not answer")]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        db.create_user,
+        db.find_user_by_email,
+        db.find_user_by_session,
+        db.replace_password_hash,
+        db.record_failed_login,
+        db.add_session,
+        db.advance_session,
+        db.delete_session,
+    ],
+)
+def test_no_query_runs_while_the_breaker_is_open(query, monkeypatch):
+    monkeypatch.setattr(db, "next_attempt", db.monotonic() + 60)
+    with pytest.raises(db.DatabaseUnavailable):
+        query()
 
 
 def test_a_query_from_before_the_last_answer_does_not_open_the_breaker(client, tokens, monkeypatch):
