@@ -50,7 +50,7 @@ class Credentials(BaseModel):
 
 
 class RefreshToken(BaseModel):
-    """A refresh token: the newest one of its session to refresh, any one to log out."""
+    """A refresh token: the newest to refresh, any to log out."""
 
     refresh_token: str
 
@@ -71,7 +71,7 @@ def create_tokens(user_id: str, session: db.Session) -> Tokens:
 
 
 class AuthRoute(APIRoute):
-    """A route whose error responses do not quote the input. Its responses are not cached."""
+    """A route whose errors do not quote the input and whose successes are not cached."""
 
     def get_route_handler(self):
         original_handler = super().get_route_handler()
@@ -89,8 +89,8 @@ class AuthRoute(APIRoute):
             except HTTPException as error:
                 if error.status_code != 400:
                     raise
-                e = {"loc": ["body"], "msg": "The body is not valid JSON", "type": "json_invalid"}
-                raise HTTPException(422, [e]) from None
+                detail = {"loc": ["body"], "msg": "This is not valid JSON", "type": "json_invalid"}
+                raise HTTPException(422, [detail]) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
             return response
 
@@ -167,7 +167,7 @@ CORS_ORIGINS = os.getenv("CORS_ORIGINS")
 if CORS_ORIGINS:
     origins = [origin.strip() for origin in CORS_ORIGINS.split(",")]
     if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", o) for o in origins):
-        db.refuse_to_start("CORS_ORIGINS must list origins, such as http://localhost:5173.")
+        db.refuse_to_start("CORS_ORIGINS must list origins such as http://localhost:5173.")
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,

@@ -27,22 +27,22 @@ logger = logging.getLogger("auth_jwt")
 
 
 def read_secret_key() -> bytes:
-    """Return JWT_SECRET_KEY, or a random key while users are kept in memory."""
+    """Return JWT_SECRET_KEY, or a random key if users are kept in memory."""
     key = os.fsencode(os.getenv("JWT_SECRET_KEY", ""))
     if bool(key) != bool(db.MONGO_URI):
         db.refuse_to_start("Set both JWT_SECRET_KEY and MONGO_URI, or neither.")
     if not key:
         return secrets.token_bytes(32)
     try:
-        # PyJWT checks a key when it signs.
+        # PyJWT checks a key only when it signs.
         jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, key, "HS256")
     except jwt.InvalidKeyError:
-        db.refuse_to_start("JWT_SECRET_KEY must be 32 random bytes or more, and not a public key.")
+        db.refuse_to_start("JWT_SECRET_KEY must be at least 32 random bytes and not a public key.")
     return key
 
 
 def read_lifetime(name: str, default: str) -> int:
-    """Return the setting, which must be a positive whole number."""
+    """Return the setting as a positive whole number."""
     value = os.getenv(name) or default
     if not re.fullmatch("[1-9][0-9]{0,5}", value):
         db.refuse_to_start(f"{name} must be a whole number from 1 to 999999.")
@@ -73,14 +73,14 @@ class InvalidToken(HTTPException):
 
 
 class TryAgain(HTTPException):
-    """The same request can succeed in so many seconds."""
+    """A temporary error. The client can retry after so many seconds."""
 
     def __init__(self, status_code: int, detail: str, seconds: int):
         super().__init__(status_code, detail, {"Retry-After": str(seconds)})
 
 
 def create_database_error(error: PyMongoError) -> HTTPException:
-    """Return 503 if the same request can succeed later, otherwise 500."""
+    """Return a 503 if the error is temporary, otherwise a 500."""
     if isinstance(error, db.DatabaseUnavailable):
         return TryAgain(503, "The database is unavailable; try again", seconds=2)
     logger.error("MongoDB returned an error: %s", db.get_error_name(error))
@@ -134,7 +134,7 @@ def authenticate(email: str, password: str, client: str) -> str | None:
         raise TryAgain(429, "Too many failed logins; try again later", math.ceil(wait))
     try:
         hasher.verify(password_hash, password)
-    # ValueError: the stored hash is not one of Argon2.
+    # ValueError: not an Argon2 hash.
     except (VerificationError, ValueError):
         logger.warning("authn_login_fail user=%s client=%s", user_id, client)
         db.record_failed_login(email, now())
@@ -145,7 +145,7 @@ def authenticate(email: str, password: str, client: str) -> str | None:
 
 
 def get_login_wait(user: dict) -> float:
-    """Return the seconds until the next login (exponential lockout); 0 or less means now."""
+    """Return the seconds until a login is allowed (exponential lockout); 0 or less means now."""
     failed = user.get("failed_logins", {"count": 0})
     if failed["count"] < FREE_ATTEMPTS:
         return 0
@@ -155,13 +155,13 @@ def get_login_wait(user: dict) -> float:
 
 # Hashing is expensive, so the number of concurrent hashes is limited.
 MAX_CONCURRENT_HASHES = 2
-HASH_QUEUE_SIZE = 16
-REJECTION_DELAY = 0.5  # seconds, so that a flood does not keep the event loop busy
+HASH_QUEUE_SIZE = 16  # including the requests that are hashing
+REJECTION_DELAY = 0.5  # seconds, to slow down a client that retries at once
 hash_queue = []
 
 
 def get_network(host: str) -> str:
-    """Return the /64 network of an IPv6 address, or any other host unchanged."""
+    """Return the /64 network of an IPv6 client, or the host itself."""
     try:
         address = ipaddress.IPv6Address(host)
     except ValueError:
@@ -172,8 +172,8 @@ def get_network(host: str) -> str:
 async def join_hash_queue(request: Request):
     """Hold a place in the queue until the route function returns. Yield the client's address.
 
-    A network may hold fewer places than are free, so that others find one (dynamic threshold,
-    Choudhury and Hahne 1998). On the event loop this needs no lock. Raises TryAgain.
+    A network that holds as many places as are free is rejected, so that others find one (dynamic
+    threshold, Choudhury and Hahne 1998). Runs on the event loop and needs no lock. Raises TryAgain.
     """
     host = request.client.host if request.client else "unknown"
     network = get_network(host)
@@ -188,7 +188,7 @@ async def join_hash_queue(request: Request):
 
 
 async def wait_for_hash_slot(client: Annotated[str, Depends(join_hash_queue, scope="function")]):
-    """Yield the client's address while the route function may hash. Waiting uses no thread."""
+    """Yield the client's address. max_concurrency below limits the requests past this point."""
     yield client
 
 
@@ -198,7 +198,7 @@ HashingClient = Annotated[
 
 
 class Claims(BaseModel, strict=True):
-    """The claims of a token (RFC 7519 section 4 and our own)."""
+    """The claims of a token (RFC 7519 section 4)."""
 
     type: Literal["access", "refresh"]
     sub: str = Field(pattern="^[0-9a-f]{24}$")
@@ -226,7 +226,7 @@ def create_token(token_type: str, user_id: str, session: db.Session) -> str:
 def read_token(token_type: str, token: str) -> Claims:
     """Return the claims of a valid token of this type (RFC 8725). Raises InvalidToken."""
     try:
-        # iat is not a condition (RFC 7519), since clocks differ.
+        # Clocks differ, so a future iat is accepted.
         payload = jwt.decode(token, SECRET_KEY, ["HS256"], {"verify_iat": False})
         claims = Claims.model_validate(payload)
     # UnicodeEncodeError: the token contains a lone surrogate.
@@ -238,21 +238,22 @@ def read_token(token_type: str, token: str) -> Claims:
 
 
 def create_session() -> db.Session:
-    """Return a new session that is not stored yet."""
+    """Return a new session, not yet stored."""
     return {"sid": uuid.uuid4().hex, "generation": 0, "issued_at": now()}
 
 
 def rotate_session(refresh_token: str) -> tuple[str, db.Session]:
     """Return the user's id and the rotated session. Raises InvalidToken.
 
-    For REUSE_GRACE the replaced token returns the same generation again, because a response can
-    get lost. An older token has been stolen, so the session ends (RFC 9700 section 4.14.2).
+    Within REUSE_GRACE, the replaced token returns the same generation again, because a response
+    can get lost. An older token counts as stolen and ends the session (RFC 9700 section 4.14.2).
     """
     claims = read_token("refresh", refresh_token)
     rotated = {"sid": claims.sid, "generation": claims.generation + 1, "issued_at": now()}
     current = db.advance_session(claims.sub, rotated)
     if current is None:
         raise InvalidToken
+    # 0 if this call has rotated the session.
     age = rotated["issued_at"] - current["issued_at"]
     if current["generation"] == rotated["generation"] and age < REUSE_GRACE:
         return claims.sub, current
@@ -262,7 +263,7 @@ def rotate_session(refresh_token: str) -> tuple[str, db.Session]:
 
 
 def revoke_session(refresh_token: str) -> None:
-    """End the session of a refresh token of any generation. Raises InvalidToken."""
+    """End the session of a refresh token, even an old one. Raises InvalidToken."""
     claims = read_token("refresh", refresh_token)
     deleted = db.delete_session(claims.sub, claims.sid)
     if deleted is None:
@@ -284,7 +285,7 @@ def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(HTTP
     claims = read_token("access", token.credentials)
     try:
         user = db.find_user_by_session(claims.sub, claims.sid)
-    # The routes of an embedding app have no other error handling.
+    # The routes of an embedding app do not use AuthRoute.
     except PyMongoError as error:
         raise create_database_error(error) from None
     if user is None:

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import cache, wraps
 from pathlib import Path
 from time import monotonic
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 import mongomock
 from bson import ObjectId
@@ -26,8 +26,8 @@ from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
 logger = logging.getLogger("auth_jwt")
 
 
-def refuse_to_start(reason: str) -> None:
-    """Print the reason in one line and exit with 3, which stops `uvicorn --workers`."""
+def refuse_to_start(reason: str) -> NoReturn:
+    """Print the reason and exit with code 3, which stops `uvicorn --workers`."""
     print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
     sys.exit(3)
 
@@ -45,7 +45,7 @@ MAX_SESSIONS = 20
 
 
 class Session(TypedDict):
-    """A login of a user. The generation counts the rotations of its refresh token."""
+    """A session of a user. The generation counts its refreshes."""
 
     sid: str
     generation: int
@@ -53,7 +53,7 @@ class Session(TypedDict):
 
 
 class DatabaseUnavailable(PyMongoError):
-    """MongoDB does not answer."""
+    """MongoDB does not respond."""
 
 
 def get_collection(uri: str):
@@ -64,7 +64,7 @@ def get_collection(uri: str):
         # PyMongo only warns about a misspelled option.
         with warnings.catch_warnings(action="error"):
             client = MongoClient(uri, connect=False, tz_aware=True, timeoutMS=TIMEOUT_MS)
-        # Options in the URI override those of the client.
+        # These settings take precedence over options in the URI.
         return client[MONGO_DB_NAME].get_collection(
             "users",
             read_preference=ReadPreference.PRIMARY,
@@ -82,7 +82,7 @@ memory_lock = nullcontext() if MONGO_URI else threading.Lock()
 
 @cache
 def create_index() -> None:
-    """Make emails unique. Runs once per process."""
+    """Make emails unique. Runs until it has succeeded once."""
     users.create_index("email", unique=True)
 
 
@@ -92,61 +92,61 @@ def prepare_collection() -> None:
         with timeout(8):
             create_index()
     except PyMongoError as error:
-        reason = f"no usable MongoDB at MONGO_URI ({get_error_name(error)})"
+        reason = f"cannot use MongoDB at MONGO_URI ({get_error_name(error)})"
         if isinstance(error, DuplicateKeyError):
-            reason = "several users have the same email, or none"
+            reason = "several users have the same email or no email"
         raise RuntimeError(f"auth-jwt cannot start: {reason}.") from None
 
 
 def get_error_name(error: PyMongoError) -> str:
-    """Return the server's name for the error, or its class. The text can quote a document."""
+    """Return the error's code name or class. Its text can quote a document."""
     details = getattr(error, "details", None) or {}
     return details.get("codeName", type(error).__name__)
 
 
 breaker_lock = threading.Lock()
-next_attempt = 0.0  # monotonic(); 0.0 while the circuit breaker is closed
-last_answer = 0.0  # monotonic()
+next_attempt = 0.0  # monotonic time, or 0.0 while the circuit breaker is closed
+last_response = 0.0  # monotonic time
 
 
 def circuit_breaker(query: Callable) -> Callable:
-    """Decorate a query. All queries share one circuit breaker.
+    """Guard a query. All queries share one circuit breaker.
 
-    It opens when MongoDB does not answer and closes at the next answer. While it is open, one call
-    per RETRY_INTERVAL runs its query; all others raise DatabaseUnavailable at once.
+    It opens when MongoDB does not respond and closes at the next response. While it is open, one
+    call per RETRY_INTERVAL runs its query; all others raise DatabaseUnavailable at once.
     """
 
     @wraps(query)
     def guarded_query(*args):
-        global next_attempt, last_answer
+        global next_attempt, last_response
         started = monotonic()
         with breaker_lock:
             if started < next_attempt:
                 raise DatabaseUnavailable
             if next_attempt:
                 next_attempt = started + RETRY_INTERVAL
-        answered = True
+        responded = True
         try:
             with memory_lock:
                 return query(*args)
         except ConnectionFailure:
-            answered = False
+            responded = False
             raise DatabaseUnavailable from None
         finally:
             with breaker_lock:
-                if answered:
-                    next_attempt, last_answer = 0.0, monotonic()
-                # A query that started before the last answer reports an old outage.
-                elif not next_attempt and started > last_answer:
+                if responded:
+                    next_attempt, last_response = 0.0, monotonic()
+                # Ignore the failure of a query that started before the last response.
+                elif not next_attempt and started > last_response:
                     next_attempt = monotonic() + RETRY_INTERVAL
-                    logger.error("MongoDB does not answer")
+                    logger.error("MongoDB does not respond")
 
     return guarded_query
 
 
 @circuit_breaker
 def create_user(email: str, password_hash: str, session: Session) -> str | None:
-    """Store a user with their first session. Return the user's id, or None for a taken email."""
+    """Store a user with their first session. Return the user's id, or None if it is taken."""
     create_index()
     user = {"email": email, "password_hash": password_hash, "refresh_tokens": [session]}
     user["created_at"] = session["issued_at"]
@@ -159,15 +159,15 @@ def create_user(email: str, password_hash: str, session: Session) -> str | None:
 @circuit_breaker
 def find_user_by_email(email: str) -> dict | None:
     """Return the user's _id, password_hash and failed_logins (if any), or None."""
-    usable = {"email": email, "password_hash": {"$type": "string"}}
-    return users.find_one(usable, {"password_hash": 1, "failed_logins": 1})
+    query = {"email": email, "password_hash": {"$type": "string"}}
+    return users.find_one(query, {"password_hash": 1, "failed_logins": 1})
 
 
 @circuit_breaker
 def find_user_by_session(user_id: str, sid: str) -> dict | None:
-    """Return the user's email and created_at, or None if the user or the session is gone."""
-    usable = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
-    user = users.find_one(usable, {"email": 1, "created_at": 1})
+    """Return the user's email and created_at, or None if the user or session does not exist."""
+    query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
+    user = users.find_one(query, {"email": 1, "created_at": 1})
     if user and not isinstance(user.get("created_at"), datetime):
         user["created_at"] = user["_id"].generation_time
     return user
@@ -175,9 +175,9 @@ def find_user_by_session(user_id: str, sid: str) -> dict | None:
 
 @circuit_breaker
 def replace_password_hash(user_id: str, old_hash: str, new_hash: str) -> None:
-    """Replace the password hash, unless it has changed in the meantime."""
-    unchanged = {"_id": ObjectId(user_id), "password_hash": old_hash}
-    users.update_one(unchanged, {"$set": {"password_hash": new_hash}})
+    """Replace the password hash, unless it has changed."""
+    query = {"_id": ObjectId(user_id), "password_hash": old_hash}
+    users.update_one(query, {"$set": {"password_hash": new_hash}})
 
 
 @circuit_breaker
@@ -190,7 +190,7 @@ def record_failed_login(email: str, failed_at: datetime) -> None:
 
 @circuit_breaker
 def add_session(user_id: str, session: Session) -> bool:
-    """Add a session and drop the oldest above MAX_SESSIONS. Return whether the user exists."""
+    """Add a session, drop the oldest, reset failed_logins. Return whether the user exists."""
     newest = {"$each": [session], "$slice": -MAX_SESSIONS}
     changes = {"$push": {"refresh_tokens": newest}, "$unset": {"failed_logins": ""}}
     return users.update_one({"_id": ObjectId(user_id)}, changes).matched_count == 1
@@ -198,22 +198,22 @@ def add_session(user_id: str, session: Session) -> bool:
 
 @circuit_breaker
 def advance_session(user_id: str, session: Session) -> Session | None:
-    """Replace the generation before this one, if it is current. Return the current session.
+    """Store this generation of a session if the one before it is stored.
 
-    Returns None if the user or the session is gone.
+    Return the generation that is stored afterwards, or None if the session does not exist.
     """
     previous = {"sid": session["sid"], "generation": session["generation"] - 1}
-    unchanged = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
-    if users.update_one(unchanged, {"$set": {"refresh_tokens.$": session}}).matched_count:
+    query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
+    if users.update_one(query, {"$set": {"refresh_tokens.$": session}}).matched_count:
         return session
-    this_session = {"refresh_tokens": {"$elemMatch": {"sid": session["sid"]}}}
-    user = users.find_one({"_id": ObjectId(user_id)} | this_session, this_session)
+    stored = {"refresh_tokens": {"$elemMatch": {"sid": session["sid"]}}}
+    user = users.find_one({"_id": ObjectId(user_id)} | stored, stored)
     return user["refresh_tokens"][0] if user else None
 
 
 @circuit_breaker
 def delete_session(user_id: str, sid: str) -> bool | None:
-    """Delete the session. Return whether there was one, or None if the user is gone."""
+    """Delete the session. Return whether it existed, or None if the user does not."""
     removal = {"$pull": {"refresh_tokens": {"sid": sid}}}
     result = users.update_one({"_id": ObjectId(user_id)}, removal)
     return result.modified_count == 1 if result.matched_count else None

@@ -1,4 +1,4 @@
-"""Tests with a real MongoDB that is stopped, frozen, restricted or replaced.
+"""Tests with a real MongoDB that is killed, frozen or restricted, and with a replica set.
 
 The variable MONGOD contains the path of the server's binary.
 """
@@ -133,7 +133,7 @@ def service(mongod):
 
 @pytest.fixture
 def restricted_mongod(tmp_path):
-    """A MongoDB server with access control, and a client of its administrator."""
+    """A MongoDB server with access control, and a client with its administrator."""
     server = Mongod(tmp_path, "--auth")
     with pymongo.MongoClient(server.uri) as client:
         client.admin.command("createUser", "admin", pwd="admin", roles=["root"])
@@ -146,7 +146,7 @@ def new_email():
     return f"{uuid.uuid4().hex}@example.com"
 
 
-def test_a_registration_survives_kill_9_of_mongod_after_the_201(mongod, service):
+def test_an_acknowledged_registration_survives_kill_9_of_mongod(mongod, service):
     emails = [new_email() for _ in range(5)]
     for email in emails:
         wait_until(lambda email=email: service.register(email)[0] in (201, 409), 30)
@@ -157,7 +157,7 @@ def test_a_registration_survives_kill_9_of_mongod_after_the_201(mongod, service)
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen"])
-def test_an_outage_under_200_clients(mongod, service, fault):
+def test_an_outage_with_200_clients(mongod, service, fault):
     email = new_email()
     token = service.register(email)[1]["access_token"]
     stop = time.monotonic() + 8
@@ -197,7 +197,7 @@ def test_an_outage_under_200_clients(mongod, service, fault):
     assert max(seconds for _, _, seconds in during) < 5
     assert statistics.median(malformed) < 0.7
     assert max(malformed) < 4
-    assert "".join(service.log).count("MongoDB does not answer") == 1
+    assert "".join(service.log).count("MongoDB does not respond") == 1
 
 
 def test_guessing_with_several_clients_and_workers_is_limited(mongod):
@@ -223,7 +223,7 @@ def test_guessing_with_several_clients_and_workers_is_limited(mongod):
     service.stop()
 
 
-def test_the_start_fails_with_the_name_of_the_error(restricted_mongod):
+def test_a_failed_start_names_the_error(restricted_mongod):
     server, admin = restricted_mongod
     admin.faults.command("createUser", "reader", pwd="s3cret", roles=["read"])
     admin.faults.users.insert_many([{"email": "twice"}, {"email": "twice"}])
@@ -231,7 +231,7 @@ def test_the_start_fails_with_the_name_of_the_error(restricted_mongod):
     expected = {
         f"mongodb://reader:wrong@{host}/faults": "(AuthenticationFailed)",
         f"mongodb://reader:s3cret@{host}/faults": "(Unauthorized)",
-        f"mongodb://admin:admin@{host}": "several users have the same email, or none.",
+        f"mongodb://admin:admin@{host}": "several users have the same email or no email.",
         f"mongodb://127.0.0.1:{free_port()}": "(ServerSelectionTimeoutError)",
     }
     starts = {
@@ -247,7 +247,7 @@ def test_the_start_fails_with_the_name_of_the_error(restricted_mongod):
         assert "s3cret" not in log
 
 
-def test_an_error_that_trying_again_does_not_cure_is_500(restricted_mongod):
+def test_a_permanent_error_is_500(restricted_mongod):
     server, admin = restricted_mongod
     admin.faults.command("createUser", "writer", pwd="s3cret", roles=["readWrite"])
     service = Service(f"mongodb://writer:s3cret@127.0.0.1:{server.port}/faults")
@@ -264,14 +264,14 @@ def test_an_error_that_trying_again_does_not_cure_is_500(restricted_mongod):
     log = "".join(service.log)
     assert "MongoDB returned an error: WriteError" in log
     assert "MongoDB returned an error: Unauthorized" in log
-    assert "does not answer" not in log
+    assert "does not respond" not in log
     assert email not in log
     service.stop()
 
 
 @pytest.fixture
 def replica_set(request, tmp_path):
-    """Three servers with an election timeout; the first one is the primary."""
+    """Three servers; the first is the primary, the parameter is the election timeout."""
     servers = []
     for name in "abc":
         (tmp_path / name).mkdir()
@@ -289,7 +289,7 @@ def replica_set(request, tmp_path):
 
 
 @pytest.mark.parametrize("replica_set", [2000], indirect=True)
-def test_no_acknowledged_registration_is_lost_with_the_primary(replica_set):
+def test_acknowledged_registrations_survive_the_loss_of_the_primary(replica_set):
     hosts = ",".join(f"127.0.0.1:{server.port}" for server in replica_set)
     service = Service(f"mongodb://{hosts}/?replicaSet=rs")
     statuses = {}
