@@ -556,8 +556,9 @@ def test_a_client_gets_at_most_half_of_the_free_places_in_the_hash_queue(client,
         addresses = ["192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4", "192.0.2.5"]
         logins = [login_from(client, address, 10, pool) for address in addresses[:3]]
         logins += [login_from(client, address, 1, pool) for address in addresses[3:]]
+        logins.append(login_from(client, addresses[0], 1, pool))
         blocked_hasher.unblock.set()
-        assert [accepted(each) for each in logins] == [8, 4, 2, 1, 1]
+        assert [accepted(each) for each in logins] == [8, 4, 2, 1, 1, 0]
 
 
 def test_the_addresses_of_an_ipv6_network_share_their_places_in_the_hash_queue(
@@ -567,7 +568,7 @@ def test_the_addresses_of_an_ipv6_network_share_their_places_in_the_hash_queue(
         logins = [
             login_from(client, "2001:db8:0:1::1", 10, pool),
             login_from(client, "2001:db8:0:1:ffff::2", 1, pool),
-            login_from(client, "2001:db8:0:2::1", 1, pool),
+            login_from(client, "2001:db8::1", 1, pool),
         ]
         blocked_hasher.unblock.set()
         assert [accepted(each) for each in logins] == [8, 0, 1]
@@ -946,6 +947,12 @@ def test_a_token_that_was_replaced_twice_ends_its_session_at_any_time(client, to
     assert is_invalid_token(refresh(client, tokens["refresh_token"]))
     assert is_invalid_token(refresh(client, third["refresh_token"]))
     assert is_invalid_token(me(client, third["access_token"]))
+
+
+def test_a_token_of_a_generation_that_was_never_issued_ends_its_session(client, tokens):
+    unknown = signed(claims_of(tokens["refresh_token"]) | {"generation": 5})
+    assert is_invalid_token(refresh(client, unknown))
+    assert is_invalid_token(me(client, tokens["access_token"]))
 
 
 def test_logout_returns_204_and_ends_only_its_session(client, tokens, email):
