@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import unicodedata
 from contextlib import asynccontextmanager
 from typing import Annotated
 
@@ -23,9 +24,9 @@ logger = logging.getLogger("auth_jwt")
 
 
 def normalize_email(value: str, validate) -> str:
-    """Return the email in lower case. Raises PydanticCustomError."""
+    """Return the email in lower case and NFC. Raises PydanticCustomError."""
     try:
-        return validate(value).lower()
+        return unicodedata.normalize("NFC", validate(value).lower())
     except ValidationError:
         # EmailStr's own message quotes the input.
         raise PydanticCustomError("email_invalid", "This is not a valid email address") from None

@@ -73,7 +73,7 @@ class InvalidToken(HTTPException):
 
 
 class TryAgain(HTTPException):
-    """A temporary error. The client can retry after so many seconds."""
+    """A temporary error; a retry after so many seconds can succeed."""
 
     def __init__(self, status_code: int, detail: str, seconds: int):
         super().__init__(status_code, detail, {"Retry-After": str(seconds)})
@@ -155,13 +155,13 @@ def get_login_wait(user: dict) -> float:
 
 # Hashing is expensive, so the number of concurrent hashes is limited.
 MAX_CONCURRENT_HASHES = 2
-HASH_QUEUE_SIZE = 16  # including the requests that are hashing
-REJECTION_DELAY = 0.5  # seconds, to slow down a client that retries at once
+HASH_QUEUE_SIZE = 16  # including those that hash
+REJECTION_DELAY = 0.5  # seconds, to slow down a flood
 hash_queue = []
 
 
 def get_network(host: str) -> str:
-    """Return the /64 network of an IPv6 client, or the host itself."""
+    """Return the /64 network of an IPv6 host, or the host."""
     try:
         address = ipaddress.IPv6Address(host)
     except ValueError:
@@ -281,7 +281,7 @@ class User(BaseModel):
 
 
 def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]) -> User:
-    """Return the user of the access token in the Authorization header. Raises InvalidToken."""
+    """Return the user of the access token in the header. Raises InvalidToken."""
     claims = read_token("access", token.credentials)
     try:
         user = db.find_user_by_session(claims.sub, claims.sid)

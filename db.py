@@ -27,7 +27,7 @@ logger = logging.getLogger("auth_jwt")
 
 
 def refuse_to_start(reason: str) -> NoReturn:
-    """Print the reason and exit with code 3, which stops `uvicorn --workers`."""
+    """Print the reason and exit with 3, which stops `uvicorn --workers`."""
     print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
     sys.exit(3)
 
@@ -40,7 +40,7 @@ except (OSError, ValueError):
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
 TIMEOUT_MS = 2500  # per operation, including server selection and retries
-RETRY_INTERVAL = 1.0  # seconds between attempts while the circuit breaker is open
+RETRY_INTERVAL = 1.0  # seconds between attempts while the breaker is open
 MAX_SESSIONS = 20
 
 
@@ -70,7 +70,7 @@ def get_collection(uri: str):
             read_preference=ReadPreference.PRIMARY,
             write_concern=WriteConcern("majority", j=True),
         )
-    # The text of these errors can contain the password.
+    # These errors can quote the password.
     except (PyMongoError, OSError, ValueError, Warning):
         refuse_to_start("MONGO_URI or MONGO_DB_NAME is malformed; see README.md.")
 
@@ -82,7 +82,7 @@ memory_lock = nullcontext() if MONGO_URI else threading.Lock()
 
 @cache
 def create_index() -> None:
-    """Make emails unique. Runs until it has succeeded once."""
+    """Make emails unique. Runs until it succeeds once."""
     users.create_index("email", unique=True)
 
 
@@ -92,7 +92,7 @@ def prepare_collection() -> None:
         with timeout(8):
             create_index()
     except PyMongoError as error:
-        reason = f"cannot use MongoDB at MONGO_URI ({get_error_name(error)})"
+        reason = f"MONGO_URI or MONGO_DB_NAME is not usable ({get_error_name(error)})"
         if isinstance(error, DuplicateKeyError):
             reason = "several users have the same email or no email"
         raise RuntimeError(f"auth-jwt cannot start: {reason}.") from None
@@ -105,7 +105,7 @@ def get_error_name(error: PyMongoError) -> str:
 
 
 breaker_lock = threading.Lock()
-next_attempt = 0.0  # monotonic time, or 0.0 while the circuit breaker is closed
+next_attempt = 0.0  # monotonic time, or 0.0 while the breaker is closed
 last_response = 0.0  # monotonic time
 
 
@@ -133,12 +133,13 @@ def circuit_breaker(query: Callable) -> Callable:
             responded = False
             raise DatabaseUnavailable from None
         finally:
+            ended = monotonic()
             with breaker_lock:
                 if responded:
-                    next_attempt, last_response = 0.0, monotonic()
-                # Ignore the failure of a query that started before the last response.
-                elif not next_attempt and started > last_response:
-                    next_attempt = monotonic() + RETRY_INTERVAL
+                    next_attempt, last_response = 0.0, ended
+                # Unless MongoDB has responded recently and since the query started.
+                elif not next_attempt and last_response < max(started, ended - RETRY_INTERVAL):
+                    next_attempt = ended + RETRY_INTERVAL
                     logger.error("MongoDB does not respond")
 
     return guarded_query
@@ -146,7 +147,7 @@ def circuit_breaker(query: Callable) -> Callable:
 
 @circuit_breaker
 def create_user(email: str, password_hash: str, session: Session) -> str | None:
-    """Store a user with their first session. Return the user's id, or None if it is taken."""
+    """Store a user and a session. Return the user's id, or None if the email is taken."""
     create_index()
     user = {"email": email, "password_hash": password_hash, "refresh_tokens": [session]}
     user["created_at"] = session["issued_at"]

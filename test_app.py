@@ -250,6 +250,14 @@ def test_register_rejects_a_taken_email_in_any_letter_case(client, tokens, email
         )
 
 
+@pytest.mark.parametrize("taken", ["H\u0331x", "h\u0331x", "\u1e96x"])
+def test_register_rejects_a_taken_email_in_any_unicode_form(client, taken):
+    domain = f"@{uuid.uuid4().hex}.example.com"
+    assert register(client, "H\u0331x" + domain).status_code == 201
+    assert register(client, taken + domain).status_code == 409
+    assert login(client, taken + domain).status_code == 200
+
+
 def test_only_one_of_two_simultaneous_registrations_succeeds(
     client, frequent_thread_switches, monkeypatch
 ):
@@ -1231,6 +1239,18 @@ def test_a_query_from_before_the_last_response_does_not_open_the_breaker(
     assert me(client, tokens["access_token"]).status_code == 200
 
 
+def test_a_failure_long_after_the_last_response_opens_the_breaker(client, tokens, monkeypatch):
+    times = iter([100.0, 102.5, 102.6])
+    monkeypatch.setattr(db, "monotonic", lambda: next(times))
+    # Another query got a response just after this one had started.
+    monkeypatch.setattr(db, "last_response", 100.1)
+    collection = FailingCollection(ServerSelectionTimeoutError())
+    monkeypatch.setattr(db, "users", collection)
+    for _ in range(2):
+        assert me(client, tokens["access_token"]).status_code == 503
+    assert collection.operations == 1
+
+
 def test_only_503_and_200_are_returned_while_the_breaker_opens_and_closes(
     client, tokens, frequent_thread_switches, monkeypatch
 ):
@@ -1609,7 +1629,7 @@ def test_a_failed_start_prints_one_line_and_exits_with_3(command):
 def test_a_mongodb_that_does_not_respond_prevents_startup(database_down, monkeypatch):
     monkeypatch.setattr(db, "timeout", lambda seconds: nullcontext())
     db.create_index.cache_clear()
-    message = "auth-jwt cannot start: cannot use MongoDB at MONGO_URI .ServerSelectionTimeoutError"
+    message = "cannot start: MONGO_URI or MONGO_DB_NAME is not usable .ServerSelectionTimeoutError"
     with pytest.raises(RuntimeError, match=message), TestClient(app.app):
         pass
 
