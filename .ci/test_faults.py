@@ -192,8 +192,8 @@ def test_an_outage_with_200_clients(mongod, service, fault):
     assert service.login(email)[0] == 200
     print(
         f"{fault}: {len(during) - before} responses, slowest {max(s for _, _, s in during):.1f} s; "
-        f"without database: median {statistics.median(malformed):.2f} s, slowest {max(malformed):.1f} s; "
-        f"recovered in {time.monotonic() - resumed:.1f} s"
+        f"without database: median {statistics.median(malformed):.2f} s, "
+        f"slowest {max(malformed):.1f} s; recovered in {time.monotonic() - resumed:.1f} s"
     )
     assert before > 100
     assert {status for status, _, _ in during} == {200, 503}
