@@ -1142,6 +1142,21 @@ def test_an_event_is_not_logged_again_when_the_session_has_ended(client, tokens,
     assert [message.split()[0] for _, message in events()] == ["authn_token_revoked"]
 
 
+def test_two_simultaneous_replays_are_logged_once(client, tokens, events, monkeypatch):
+    refresh(client, refresh(client, tokens["refresh_token"]).json()["refresh_token"])
+    barrier = Barrier(2)
+    delete_session = db.delete_session
+
+    def delete_session_together(*args):
+        barrier.wait(10)
+        return delete_session(*args)
+
+    monkeypatch.setattr(db, "delete_session", delete_session_together)
+    responses = in_parallel(lambda: refresh(client, tokens["refresh_token"]), 2)
+    assert all(is_invalid_token(response) for response in responses)
+    assert [level for level, _ in events()] == ["CRITICAL"]
+
+
 # Unavailable database
 
 
