@@ -34,7 +34,7 @@ def read_secret_key() -> bytes:
     if not key:
         return secrets.token_bytes(32)
     try:
-        # PyJWT checks a key only when it signs.
+        # PyJWT checks a key when it is used.
         jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, key, "HS256")
     except jwt.InvalidKeyError:
         db.refuse_to_start("JWT_SECRET_KEY must be at least 32 random bytes and not a public key.")
@@ -73,7 +73,7 @@ class InvalidToken(HTTPException):
 
 
 class TryAgain(HTTPException):
-    """A temporary error; a retry after so many seconds can succeed."""
+    """A temporary error; a retry can succeed after these seconds."""
 
     def __init__(self, status_code: int, detail: str, seconds: int):
         super().__init__(status_code, detail, {"Retry-After": str(seconds)})
@@ -173,7 +173,7 @@ async def join_hash_queue(request: Request):
     """Hold a place in the queue until the route function returns. Yield the client's address.
 
     A network that holds as many places as are free is rejected, so that others find one (dynamic
-    threshold, Choudhury and Hahne 1998). Runs on the event loop and needs no lock. Raises TryAgain.
+    threshold, Choudhury and Hahne 1998). Runs on the event loop, so needs no lock. Raises TryAgain.
     """
     host = request.client.host if request.client else "unknown"
     network = get_network(host)
@@ -188,7 +188,7 @@ async def join_hash_queue(request: Request):
 
 
 async def wait_for_hash_slot(client: Annotated[str, Depends(join_hash_queue, scope="function")]):
-    """Yield the client's address. max_concurrency below limits the requests past this point."""
+    """Yield the client's address. FastAPI does the waiting: see max_concurrency below."""
     yield client
 
 
@@ -245,8 +245,8 @@ def create_session() -> db.Session:
 def rotate_session(refresh_token: str) -> tuple[str, db.Session]:
     """Return the user's id and the rotated session. Raises InvalidToken.
 
-    Within REUSE_GRACE, the replaced token returns the same generation again, because a response
-    can get lost. An older token counts as stolen and ends the session (RFC 9700 section 4.14.2).
+    Within REUSE_GRACE, the replaced token gets the same generation again, because a response can
+    get lost. Any other reuse counts as theft and ends the session (RFC 9700 section 4.14.2).
     """
     claims = read_token("refresh", refresh_token)
     rotated = {"sid": claims.sid, "generation": claims.generation + 1, "issued_at": now()}
@@ -263,7 +263,7 @@ def rotate_session(refresh_token: str) -> tuple[str, db.Session]:
 
 
 def revoke_session(refresh_token: str) -> None:
-    """End the session of a refresh token, even an old one. Raises InvalidToken."""
+    """End the session of a refresh token, even a used one. Raises InvalidToken."""
     claims = read_token("refresh", refresh_token)
     deleted = db.delete_session(claims.sub, claims.sid)
     if deleted is None:

@@ -35,7 +35,7 @@ def refuse_to_start(reason: str) -> NoReturn:
 try:
     load_dotenv(Path(__file__).with_name(".env"), encoding="utf-8-sig")
 except (OSError, ValueError):
-    refuse_to_start(".env cannot be read; save it in UTF-8.")
+    refuse_to_start(".env cannot be read; save it as UTF-8.")
 
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
@@ -82,7 +82,7 @@ memory_lock = nullcontext() if MONGO_URI else threading.Lock()
 
 @cache
 def create_index() -> None:
-    """Make emails unique. Runs until it succeeds once."""
+    """Make emails unique. No-op once it has succeeded."""
     users.create_index("email", unique=True)
 
 
@@ -137,7 +137,7 @@ def circuit_breaker(query: Callable) -> Callable:
             with breaker_lock:
                 if responded:
                     next_attempt, last_response = 0.0, ended
-                # Unless MongoDB has responded recently and since the query started.
+                # A recent response since the query started keeps it closed.
                 elif not next_attempt and last_response < max(started, ended - RETRY_INTERVAL):
                     next_attempt = ended + RETRY_INTERVAL
                     logger.error("MongoDB does not respond")
@@ -191,7 +191,7 @@ def record_failed_login(email: str, failed_at: datetime) -> None:
 
 @circuit_breaker
 def add_session(user_id: str, session: Session) -> bool:
-    """Add a session, drop the oldest, reset failed_logins. Return whether the user exists."""
+    """Add a session, drop any excess, reset failed_logins. Return whether the user exists."""
     newest = {"$each": [session], "$slice": -MAX_SESSIONS}
     changes = {"$push": {"refresh_tokens": newest}, "$unset": {"failed_logins": ""}}
     return users.update_one({"_id": ObjectId(user_id)}, changes).matched_count == 1
@@ -214,7 +214,7 @@ def advance_session(user_id: str, session: Session) -> Session | None:
 
 @circuit_breaker
 def delete_session(user_id: str, sid: str) -> bool | None:
-    """Delete the session. Return whether it existed, or None if the user does not."""
+    """Delete the session. Return whether it existed, or None if there is no user."""
     removal = {"$pull": {"refresh_tokens": {"sid": sid}}}
     result = users.update_one({"_id": ObjectId(user_id)}, removal)
     return result.modified_count == 1 if result.matched_count else None
