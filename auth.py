@@ -73,7 +73,7 @@ class InvalidToken(HTTPException):
 
 
 class TryAgain(HTTPException):
-    """A temporary error; a retry can succeed after these seconds."""
+    """A temporary error, with the seconds until a retry."""
 
     def __init__(self, status_code: int, detail: str, seconds: int):
         super().__init__(status_code, detail, {"Retry-After": str(seconds)})
@@ -121,6 +121,15 @@ def check_new_password(password: str) -> str:
     return password
 
 
+def get_login_wait(user: dict) -> float:
+    """Return the seconds until a login is allowed (exponential lockout); 0 or less means now."""
+    failed = user.get("failed_logins", {"count": 0})
+    if failed["count"] < FREE_ATTEMPTS:
+        return 0
+    wait = min(2 ** (failed["count"] - FREE_ATTEMPTS), MAX_LOGIN_WAIT)
+    return wait - (now() - failed["last"]).total_seconds()
+
+
 def authenticate(email: str, password: str, client: str) -> str | None:
     """Return the user's id, or None if the email or password is wrong. Raises TryAgain."""
     user = db.find_user_by_email(email)
@@ -142,15 +151,6 @@ def authenticate(email: str, password: str, client: str) -> str | None:
     if hasher.check_needs_rehash(password_hash):
         db.replace_password_hash(user_id, password_hash, hasher.hash(password))
     return user_id
-
-
-def get_login_wait(user: dict) -> float:
-    """Return the seconds until a login is allowed (exponential lockout); 0 or less means now."""
-    failed = user.get("failed_logins", {"count": 0})
-    if failed["count"] < FREE_ATTEMPTS:
-        return 0
-    wait = min(2 ** (failed["count"] - FREE_ATTEMPTS), MAX_LOGIN_WAIT)
-    return wait - (now() - failed["last"]).total_seconds()
 
 
 # Hashing is expensive, so the number of concurrent hashes is limited.
@@ -229,7 +229,7 @@ def read_token(token_type: str, token: str) -> Claims:
         # Clocks differ, so a future iat is accepted.
         payload = jwt.decode(token, SECRET_KEY, ["HS256"], {"verify_iat": False})
         claims = Claims.model_validate(payload)
-    # UnicodeEncodeError: the token contains a lone surrogate.
+    # UnicodeEncodeError: a lone surrogate.
     except (jwt.InvalidTokenError, ValidationError, UnicodeEncodeError):
         raise InvalidToken from None
     if claims.type != token_type:

@@ -169,6 +169,7 @@ def find_user_by_session(user_id: str, sid: str) -> dict | None:
     """Return the user's email and created_at, or None if the user or session does not exist."""
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
     user = users.find_one(query, {"email": 1, "created_at": 1})
+    # An old document can lack it.
     if user and not isinstance(user.get("created_at"), datetime):
         user["created_at"] = user["_id"].generation_time
     return user

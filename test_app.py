@@ -218,6 +218,17 @@ def in_parallel(call, times):
         return list(pool.map(lambda _: call(), range(times)))
 
 
+def run_in_pairs(monkeypatch, name):
+    """Make each call of a query wait for a second one, so that both run at the same time."""
+    barrier, query = Barrier(2), getattr(db, name)
+
+    def wait_and_run(*args):
+        barrier.wait(10)
+        return query(*args)
+
+    monkeypatch.setattr(db, name, wait_and_run)
+
+
 def claims_of(token):
     return jwt.decode(token, options={"verify_signature": False})
 
@@ -261,15 +272,7 @@ def test_register_rejects_a_taken_email_in_any_unicode_form(client, taken):
 def test_only_one_of_two_simultaneous_registrations_succeeds(
     client, frequent_thread_switches, monkeypatch
 ):
-    # The barrier lets both requests reach the database at the same time.
-    barrier = Barrier(2)
-    create_user = db.create_user
-
-    def create_user_together(*args):
-        barrier.wait(10)
-        return create_user(*args)
-
-    monkeypatch.setattr(db, "create_user", create_user_together)
+    run_in_pairs(monkeypatch, "create_user")
     for _ in range(30):
         email = f"{uuid.uuid4().hex}@example.com"
         responses = in_parallel(lambda email=email: register(client, email), 2)
@@ -1144,14 +1147,7 @@ def test_an_event_is_not_logged_again_when_the_session_has_ended(client, tokens,
 
 def test_two_simultaneous_replays_are_logged_once(client, tokens, events, monkeypatch):
     refresh(client, refresh(client, tokens["refresh_token"]).json()["refresh_token"])
-    barrier = Barrier(2)
-    delete_session = db.delete_session
-
-    def delete_session_together(*args):
-        barrier.wait(10)
-        return delete_session(*args)
-
-    monkeypatch.setattr(db, "delete_session", delete_session_together)
+    run_in_pairs(monkeypatch, "delete_session")
     responses = in_parallel(lambda: refresh(client, tokens["refresh_token"]), 2)
     assert all(is_invalid_token(response) for response in responses)
     assert [level for level, _ in events()] == ["CRITICAL"]
