@@ -4,18 +4,18 @@ import logging
 import os
 import re
 import unicodedata
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request, Response
+from argon2.exceptions import HashingError
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
-from pydantic import AfterValidator, BaseModel, EmailStr, Field, ValidationError, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, EmailStr, Field
 from pymongo.errors import PyMongoError
-from starlette.exceptions import HTTPException
 
 import auth
 import db
@@ -23,37 +23,37 @@ import db
 logger = logging.getLogger("auth_jwt")
 
 
-def normalize_email(value: str, validate) -> str:
-    """Return the email in lower case and NFC. Raises PydanticCustomError."""
-    try:
-        return unicodedata.normalize("NFC", validate(value).lower())
-    except ValidationError:
-        # EmailStr's own message quotes the input.
-        raise PydanticCustomError("email_invalid", "This is not a valid email address") from None
+def normalize_email(email: str) -> str:
+    """Return the email in lower case and Unicode NFC."""
+    return unicodedata.normalize("NFC", email.lower())
 
 
-Email = Annotated[EmailStr, WrapValidator(normalize_email), Field(examples=["alice@example.com"])]
-ExamplePassword = Field(examples=["MyS3cret@1"])
-
-
-class NewCredentials(BaseModel):
-    """An email and a password: 8 to 128 characters, upper and lower case, a digit and a symbol."""
-
-    email: Email
-    password: Annotated[str, AfterValidator(auth.check_new_password), ExamplePassword]
+Email = Annotated[EmailStr, AfterValidator(normalize_email), Field(examples=["alice@example.com"])]
+Password = Annotated[
+    str,
+    Field(max_length=128, repr=False, examples=["MyS3cret@1"]),
+    BeforeValidator(auth.normalize_password),
+]
 
 
 class Credentials(BaseModel):
     """An email and a password."""
 
     email: Email
-    password: Annotated[str, AfterValidator(auth.normalize_password), ExamplePassword]
+    password: Password
+
+
+class NewCredentials(BaseModel):
+    """An email and a password: 8 to 128 characters, upper and lower case, a digit and a symbol."""
+
+    email: Email
+    password: Annotated[Password, AfterValidator(auth.check_password_strength)]
 
 
 class RefreshToken(BaseModel):
     """A refresh token: the newest to refresh, any to log out."""
 
-    refresh_token: str
+    refresh_token: str = Field(repr=False)
 
 
 class Tokens(BaseModel):
@@ -64,6 +64,12 @@ class Tokens(BaseModel):
     refresh_token: str
 
 
+class Error(BaseModel):
+    """An error response. The reason is in English."""
+
+    detail: str
+
+
 def create_tokens(user_id: str, session: db.Session) -> Tokens:
     """Return the pair of tokens for the session."""
     access_token = auth.create_token("access", user_id, session)
@@ -72,38 +78,43 @@ def create_tokens(user_id: str, session: db.Session) -> Tokens:
 
 
 class AuthRoute(APIRoute):
-    """A route whose errors do not quote the input and whose successes are not cached."""
+    """A route that converts errors to responses. Its responses contain no input."""
 
-    def get_route_handler(self):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         original_handler = super().get_route_handler()
 
         async def route_handler(request: Request) -> Response:
             try:
                 response = await original_handler(request)
             except RequestValidationError as error:
-                # FastAPI's own response quotes the password.
+                # The input can be a password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
-                raise HTTPException(422, errors) from None
+                raise RequestValidationError(errors) from None
             except PyMongoError as error:
-                raise auth.create_database_error(error) from None
-            # FastAPI raises Starlette's HTTPException for a body that it cannot parse.
-            except HTTPException as error:
-                if error.status_code != 400:
-                    raise
-                detail = {"loc": ["body"], "msg": "This is not valid JSON", "type": "json_invalid"}
-                raise HTTPException(422, [detail]) from None
+                raise auth.convert_database_error(error) from None
+            except HashingError as error:
+                logger.error("A password was not hashed: %s", error)
+                raise auth.TryAgain(503, "Not enough memory; try again", seconds=2) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
             return response
 
         return route_handler
 
 
+def document_errors(*status_codes: int) -> dict[int | str, dict[str, Any]]:
+    """Return the error responses for the OpenAPI document."""
+    return {status_code: {"model": Error} for status_code in status_codes}
+
+
 @asynccontextmanager
-async def lifespan(_: FastAPI):
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Prepare the database before the first request."""
     db.prepare_collection()
     if not db.MONGO_URI:
-        logger.warning("Users are kept in memory and lost at exit. Set MONGO_URI to keep them.")
+        logger.warning(
+            "Users are kept in memory: they are lost at exit, and each worker has its own. "
+            "Set MONGO_URI and JWT_SECRET_KEY to keep them."
+        )
     yield
 
 
@@ -112,49 +123,57 @@ router = APIRouter(
     tags=["auth"],
     route_class=AuthRoute,
     lifespan=lifespan,
-    responses={503: {}},
+    max_body_size=8 * 1024,  # bytes
+    generate_unique_id_function=lambda route: route.name,
+    responses=document_errors(503) | {413: {}},
 )
-BODY_LIMIT = 8 * 1024  # bytes
 
 
-@router.post("/register", status_code=201, max_body_size=BODY_LIMIT, responses={409: {}, 413: {}})
-def register(credentials: NewCredentials, client: auth.HashingClient) -> Tokens:
+@router.post(
+    "/register",
+    status_code=201,
+    dependencies=auth.HASH_QUEUE,
+    responses=document_errors(400, 409),
+)
+def register(credentials: NewCredentials, network: auth.ClientNetwork) -> Tokens:
     """Create a user and start their first session."""
     password_hash = auth.hasher.hash(credentials.password)
     session = auth.create_session()
-    user_id = db.create_user(credentials.email, password_hash, session)
+    user_id = db.create_user(credentials.email, password_hash, session, network)
     if user_id is None:
-        raise HTTPException(409, "This email is registered")
-    logger.warning("user_created user=%s session=%s client=%s", user_id, session["sid"], client)
+        raise HTTPException(409, "This email is already registered")
+    logger.warning("user_created user=%s session=%s network=%s", user_id, session["sid"], network)
     return create_tokens(user_id, session)
 
 
-@router.post("/login", max_body_size=BODY_LIMIT, responses={401: {}, 413: {}, 429: {}})
-def login(credentials: Credentials, client: auth.HashingClient) -> Tokens:
+@router.post("/login", dependencies=auth.HASH_QUEUE, responses=document_errors(400, 401, 429))
+def login(credentials: Credentials, network: auth.ClientNetwork) -> Tokens:
     """Start a session."""
-    user_id = auth.authenticate(credentials.email, credentials.password, client)
+    user_id = auth.authenticate(credentials.email, credentials.password, network)
     session = auth.create_session()
-    if user_id is None or not db.add_session(user_id, session):
+    if user_id is None or not db.add_session(user_id, session, network):
         raise HTTPException(401, "Wrong email or password", {"WWW-Authenticate": "Bearer"})
-    logger.info("authn_login_success user=%s session=%s client=%s", user_id, session["sid"], client)
+    logger.info(
+        "authn_login_success user=%s session=%s network=%s", user_id, session["sid"], network
+    )
     return create_tokens(user_id, session)
 
 
-@router.get("/me", response_model=auth.User, responses={401: {}})
+@router.get("/me", response_model=auth.User, responses=document_errors(401))
 def me(user: auth.CurrentUser) -> Response:
     """Return the current user."""
     # FastAPI would validate a User again, in another thread.
     return Response(user.model_dump_json(), media_type="application/json")
 
 
-@router.post("/refresh", max_body_size=BODY_LIMIT, responses={401: {}, 413: {}})
+@router.post("/refresh", responses=document_errors(400, 401))
 def refresh(body: RefreshToken) -> Tokens:
     """Exchange a refresh token for a new pair of tokens."""
     user_id, session = auth.rotate_session(body.refresh_token)
     return create_tokens(user_id, session)
 
 
-@router.post("/logout", status_code=204, max_body_size=BODY_LIMIT, responses={401: {}, 413: {}})
+@router.post("/logout", status_code=204, responses=document_errors(400, 401))
 def logout(body: RefreshToken) -> Response:
     """End a session."""
     auth.revoke_session(body.refresh_token)
@@ -179,5 +198,6 @@ if CORS_ORIGINS:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    print("auth-jwt: open http://127.0.0.1:5000/docs")
+    # In the lifespan, a failure would print a traceback too.
+    db.prepare_collection()
     uvicorn.run(app, host="127.0.0.1", port=5000)

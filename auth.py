@@ -1,4 +1,4 @@
-"""Passwords, tokens, sessions and the current user."""
+"""Passwords, login, tokens, sessions, the current user and the hash queue."""
 
 import asyncio
 import ipaddress
@@ -8,13 +8,13 @@ import os
 import re
 import secrets
 import unicodedata
-import uuid
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
 import jwt
 from argon2 import PasswordHasher
-from argon2.exceptions import VerificationError
+from argon2.exceptions import HashingError, VerificationError
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field, ValidationError
@@ -37,7 +37,7 @@ def read_secret_key() -> bytes:
         # PyJWT checks a key when it is used.
         jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, key, "HS256")
     except jwt.InvalidKeyError:
-        db.refuse_to_start("JWT_SECRET_KEY must be at least 32 random bytes and not a public key.")
+        db.refuse_to_start("JWT_SECRET_KEY must be 32 random bytes or more; see .env.example.")
     return key
 
 
@@ -54,9 +54,6 @@ LIFETIMES = {
     "access": timedelta(minutes=read_lifetime("ACCESS_TOKEN_EXPIRE_MINUTES", "15")),
     "refresh": timedelta(days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS", "7")),
 }
-REUSE_GRACE = timedelta(seconds=10)
-FREE_ATTEMPTS = 5
-MAX_LOGIN_WAIT = 15 * 60  # seconds
 
 
 def now() -> datetime:
@@ -67,7 +64,7 @@ def now() -> datetime:
 class InvalidToken(HTTPException):
     """The token is invalid (RFC 6750 section 3.1)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
         super().__init__(401, "The token is invalid, has expired or was revoked", challenge)
 
@@ -75,138 +72,117 @@ class InvalidToken(HTTPException):
 class TryAgain(HTTPException):
     """A temporary error, with the seconds until a retry."""
 
-    def __init__(self, status_code: int, detail: str, seconds: int):
+    def __init__(self, status_code: int, detail: str, seconds: int) -> None:
         super().__init__(status_code, detail, {"Retry-After": str(seconds)})
 
 
-def create_database_error(error: PyMongoError) -> HTTPException:
-    """Return a 503 if the error is temporary, otherwise a 500."""
+def convert_database_error(error: PyMongoError) -> HTTPException:
+    """Return the error response: 503 if the same request can succeed later, otherwise 500."""
     if isinstance(error, db.DatabaseUnavailable):
         return TryAgain(503, "The database is unavailable; try again", seconds=2)
     logger.error("MongoDB returned an error: %s", db.get_error_name(error))
-    if error.timeout or error.has_error_label("RetryableWriteError"):
-        return TryAgain(503, "The database is busy; try again", seconds=2)
     return HTTPException(500, "Internal server error")
 
-
-PASSWORD_RULES = {
-    "at least 8 characters": lambda p: len(p) >= 8,
-    "a lower-case letter": lambda p: any(map(str.islower, p)),
-    "an upper-case letter": lambda p: any(map(str.isupper, p)),
-    "a digit": lambda p: any(map(str.isdecimal, p)),
-    "a symbol": lambda p: any(unicodedata.category(c)[0] in "PSZ" for c in p),
-}
 
 # Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
 hasher = PasswordHasher()
 DUMMY_HASH = hasher.hash(secrets.token_urlsafe())
 
 
-def normalize_password(password: str) -> str:
-    """Return the password in Unicode NFC (RFC 8265). Raises PydanticCustomError."""
-    password = unicodedata.normalize("NFC", password)
-    if len(password) > 128:
-        raise PydanticCustomError("password_too_long", "The password is longer than 128 characters")
-    if re.search("[\ud800-\udfff]", password):
-        raise PydanticCustomError("string_unicode", "The password contains a lone surrogate")
+def normalize_password(password: object) -> object:
+    """Return the password in Unicode NFC (RFC 8265). Pydantic rejects what is not a string."""
+    return unicodedata.normalize("NFC", password) if isinstance(password, str) else password
+
+
+def check_password_strength(password: str) -> str:
+    """Return the password. Raises PydanticCustomError if it is weak."""
+    rules = {
+        "at least 8 characters": len(password) >= 8,
+        "a lower-case letter": any(map(str.islower, password)),
+        "an upper-case letter": any(map(str.isupper, password)),
+        "a digit": any(map(str.isdecimal, password)),
+        # Unicode punctuation, symbols and spaces.
+        "a symbol": any(unicodedata.category(character)[0] in "PSZ" for character in password),
+    }
+    if not all(rules.values()):
+        missing = ", ".join(rule for rule, is_met in rules.items() if not is_met)
+        raise PydanticCustomError(
+            "weak_password", "The password needs {missing}", {"missing": missing}
+        )
     return password
 
 
-def check_new_password(password: str) -> str:
-    """Return the normalized password. Raises PydanticCustomError if it is weak."""
-    password = normalize_password(password)
-    missing = [rule for rule, is_met in PASSWORD_RULES.items() if not is_met(password)]
-    if missing:
-        raise PydanticCustomError("weak_password", f"The password needs {', '.join(missing)}")
-    return password
+def verify_password(password_hash: str, password: str) -> bool:
+    """Return whether the password matches. Raises HashingError if that cannot be computed."""
+    try:
+        return hasher.verify(password_hash, password)
+    except VerificationError as error:
+        # argon2-cffi raises the same exception for a malformed hash.
+        if str(error) in ("Memory allocation error", "Threading failure"):
+            raise HashingError(str(error)) from None
+        return False
+    except ValueError:  # not an Argon2 hash
+        return False
 
 
-def get_login_wait(user: dict) -> float:
-    """Return the seconds until a login is allowed (exponential lockout); 0 or less means now."""
-    failed = user.get("failed_logins", {"count": 0})
-    if failed["count"] < FREE_ATTEMPTS:
-        return 0
-    wait = min(2 ** (failed["count"] - FREE_ATTEMPTS), MAX_LOGIN_WAIT)
-    return wait - (now() - failed["last"]).total_seconds()
+FREE_LOGIN_FAILURES = 4
+FAILURE_LIFETIME = 60 * 60  # seconds
 
 
-def authenticate(email: str, password: str, client: str) -> str | None:
+def get_login_wait(user: db.Document, network: str) -> float:
+    """Return the seconds until a client in the network may try to log in; 0 or less means now.
+
+    The fifth failed login of a network starts a wait of one second, and each further one doubles
+    it. After MAX_LOGIN_FAILURES of all networks, only those that have a session may try. Each
+    failure counts for an hour.
+    """
+    ages = [
+        ((now() - failure["failed_at"]).total_seconds(), failure["network"])
+        for failure in user.get("login_failures", [])
+    ]
+    # An age is negative if a clock was set back.
+    recent = sorted((age, source) for age, source in ages if 0 <= age < FAILURE_LIFETIME)
+    own = [age for age, source in recent if source == network]
+    waits = [
+        min(2**n - own[0], FAILURE_LIFETIME - age)
+        for n, age in enumerate(own[FREE_LOGIN_FAILURES:])
+    ]
+    if len(recent) == db.MAX_LOGIN_FAILURES and not user.get("refresh_tokens"):
+        waits.append(FAILURE_LIFETIME - recent[-1][0])
+    return max(waits, default=0)
+
+
+def authenticate(email: str, password: str, network: str) -> str | None:
     """Return the user's id, or None if the email or password is wrong. Raises TryAgain."""
-    user = db.find_user_by_email(email)
+    user = db.find_user_by_email(email, network)
     if user is None:
         # An unknown email must take as long as a wrong password.
-        user = {"_id": None, "password_hash": DUMMY_HASH}
-    user_id, password_hash = str(user["_id"]), user["password_hash"]
-    wait = get_login_wait(user)
+        verify_password(DUMMY_HASH, password)
+        db.record_failed_login(email, network, now())
+        logger.warning("authn_login_fail user=unknown network=%s", network)
+        return None
+    user_id, password_hash = str(user["_id"]), str(user.get("password_hash"))
+    wait = get_login_wait(user, network)
     if wait > 0:
-        logger.warning("authn_login_lock user=%s client=%s", user_id, client)
+        logger.warning("authn_login_lock user=%s network=%s", user_id, network)
         raise TryAgain(429, "Too many failed logins; try again later", math.ceil(wait))
-    try:
-        hasher.verify(password_hash, password)
-    # ValueError: not an Argon2 hash.
-    except (VerificationError, ValueError):
-        logger.warning("authn_login_fail user=%s client=%s", user_id, client)
-        db.record_failed_login(email, now())
+    if not verify_password(password_hash, password):
+        db.record_failed_login(email, network, now())
+        logger.warning("authn_login_fail user=%s network=%s", user_id, network)
         return None
     if hasher.check_needs_rehash(password_hash):
         db.replace_password_hash(user_id, password_hash, hasher.hash(password))
     return user_id
 
 
-# Hashing is expensive, so the number of concurrent hashes is limited.
-MAX_CONCURRENT_HASHES = 2
-HASH_QUEUE_SIZE = 16  # including those that hash
-REJECTION_DELAY = 0.5  # seconds, to slow down a flood
-hash_queue = []
-
-
-def get_network(host: str) -> str:
-    """Return the /64 network of an IPv6 host, or the host."""
-    try:
-        address = ipaddress.IPv6Address(host)
-    except ValueError:
-        return host
-    return host if address.ipv4_mapped else str(int(address) >> 64)
-
-
-async def join_hash_queue(request: Request):
-    """Hold a place in the queue until the route function returns. Yield the client's address.
-
-    A network that holds as many places as are free is rejected, so that others find one (dynamic
-    threshold, Choudhury and Hahne 1998). Runs on the event loop, so needs no lock. Raises TryAgain.
-    """
-    host = request.client.host if request.client else "unknown"
-    network = get_network(host)
-    if hash_queue.count(network) >= HASH_QUEUE_SIZE - len(hash_queue):
-        await asyncio.sleep(REJECTION_DELAY)
-        raise TryAgain(503, "Too many logins at once; try again", seconds=1)
-    hash_queue.append(network)
-    try:
-        yield host
-    finally:
-        hash_queue.remove(network)
-
-
-async def wait_for_hash_slot(client: Annotated[str, Depends(join_hash_queue, scope="function")]):
-    """Yield the client's address. FastAPI does the waiting: see max_concurrency below."""
-    yield client
-
-
-HashingClient = Annotated[
-    str, Depends(wait_for_hash_slot, scope="function", max_concurrency=MAX_CONCURRENT_HASHES)
-]
-
-
 class Claims(BaseModel, strict=True):
-    """The claims of a token (RFC 7519 section 4)."""
+    """The claims of a token (RFC 7519 section 4). exp is in seconds since 1970."""
 
     type: Literal["access", "refresh"]
     sub: str = Field(pattern="^[0-9a-f]{24}$")
     sid: str = Field(pattern="^[0-9a-f]{32}$")
     generation: int = Field(ge=0, lt=2**31)
-    iat: int
     exp: int
-    jti: str
 
 
 def create_token(token_type: str, user_id: str, session: db.Session) -> str:
@@ -216,18 +192,15 @@ def create_token(token_type: str, user_id: str, session: db.Session) -> str:
         "sub": user_id,
         "sid": session["sid"],
         "generation": session["generation"],
-        "iat": session["issued_at"],
         "exp": session["issued_at"] + LIFETIMES[token_type],
-        "jti": uuid.uuid4().hex,
     }
     return jwt.encode(claims, SECRET_KEY, "HS256")
 
 
-def read_token(token_type: str, token: str) -> Claims:
+def read_token(token_type: str, token: str, verify_exp: bool = True) -> Claims:
     """Return the claims of a valid token of this type (RFC 8725). Raises InvalidToken."""
     try:
-        # Clocks differ, so a future iat is accepted.
-        payload = jwt.decode(token, SECRET_KEY, ["HS256"], {"verify_iat": False})
+        payload = jwt.decode(token, SECRET_KEY, ["HS256"], {"verify_exp": verify_exp})
         claims = Claims.model_validate(payload)
     # UnicodeEncodeError: a lone surrogate.
     except (jwt.InvalidTokenError, ValidationError, UnicodeEncodeError):
@@ -237,38 +210,54 @@ def read_token(token_type: str, token: str) -> Claims:
     return claims
 
 
+REUSE_GRACE = timedelta(seconds=60)
+
+
 def create_session() -> db.Session:
     """Return a new session, not yet stored."""
-    return {"sid": uuid.uuid4().hex, "generation": 0, "issued_at": now()}
+    return {"sid": secrets.token_hex(16), "generation": 0, "issued_at": now()}
+
+
+def may_be_retry(claims: Claims, session: db.Session) -> bool:
+    """Return whether the token was replaced so recently that the client may lack the new one."""
+    age = now() - session["issued_at"]
+    return session["generation"] == claims.generation + 1 and age < REUSE_GRACE
 
 
 def rotate_session(refresh_token: str) -> tuple[str, db.Session]:
-    """Return the user's id and the rotated session. Raises InvalidToken.
+    """Return the user's id and the session in its next generation. Raises InvalidToken.
 
-    Within REUSE_GRACE, the replaced token gets the same generation again, because a response can
-    get lost. Any other reuse counts as theft and ends the session (RFC 9700 section 4.14.2).
+    A client that did not receive the response sends the replaced token again. That is accepted
+    for REUSE_GRACE and returns the same generation. Any other reuse revokes the session.
     """
-    claims = read_token("refresh", refresh_token)
-    rotated = {"sid": claims.sid, "generation": claims.generation + 1, "issued_at": now()}
-    current = db.advance_session(claims.sub, rotated)
-    if current is None:
-        raise InvalidToken
-    # 0 if this call has rotated the session.
-    age = rotated["issued_at"] - current["issued_at"]
-    if current["generation"] == rotated["generation"] and age < REUSE_GRACE:
-        return claims.sub, current
-    if db.delete_session(claims.sub, claims.sid):
-        logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)
+    # Also an expired token can reveal that a thief has refreshed the session.
+    claims = read_token("refresh", refresh_token, verify_exp=False)
+    session: db.Session | None
+    session = {"sid": claims.sid, "generation": claims.generation + 1, "issued_at": now()}
+    if claims.exp > session["issued_at"].timestamp():
+        if db.advance_session(claims.sub, session):
+            return claims.sub, session
+        session = db.find_session(claims.sub, claims.sid)
+        if session and may_be_retry(claims, session):
+            logger.info("authn_token_reuse_in_grace user=%s session=%s", claims.sub, claims.sid)
+            return claims.sub, session
+    revoke_session(refresh_token)
     raise InvalidToken
 
 
 def revoke_session(refresh_token: str) -> None:
-    """End the session of a refresh token, even a used one. Raises InvalidToken."""
-    claims = read_token("refresh", refresh_token)
-    deleted = db.delete_session(claims.sub, claims.sid)
-    if deleted is None:
-        raise InvalidToken
-    if deleted:
+    """Delete the session of a refresh token, even a replaced or expired one. Raises InvalidToken.
+
+    If the token was replaced, two clients may have used it, of which one is a thief (RFC 9700
+    section 4.14.2).
+    """
+    claims = read_token("refresh", refresh_token, verify_exp=False)
+    session = db.delete_session(claims.sub, claims.sid)
+    if session is None:
+        return
+    if session["generation"] > claims.generation and not may_be_retry(claims, session):
+        logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)
+    else:
         logger.info("authn_token_revoked user=%s session=%s", claims.sub, claims.sid)
 
 
@@ -280,17 +269,76 @@ class User(BaseModel):
     created_at: datetime
 
 
-def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]) -> User:
+bearer = HTTPBearer(description="Paste the access_token from the response to a login.")
+
+
+def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bearer)]) -> User:
     """Return the user of the access token in the header. Raises InvalidToken."""
     claims = read_token("access", token.credentials)
     try:
         user = db.find_user_by_session(claims.sub, claims.sid)
     # The routes of an embedding app do not use AuthRoute.
     except PyMongoError as error:
-        raise create_database_error(error) from None
+        raise convert_database_error(error) from None
     if user is None:
         raise InvalidToken
     return User(id=claims.sub, email=user["email"], created_at=user["created_at"])
 
 
 CurrentUser = Annotated[User, Depends(get_current_user)]
+
+
+# The hash queue limits the cost of hashing, and shares it among the networks.
+
+MAX_CONCURRENT_HASHES = 2
+HASH_QUEUE_SIZE = 16  # including those that hash
+REJECTION_DELAY = 0.5  # seconds, to slow down a flood
+hash_queue: list[str] = []  # the network of each request
+
+
+async def get_client_network(request: Request) -> str:
+    """Return the client's IPv4 address, or the first address of its IPv6 /64 network.
+
+    Return "unknown" for what is not an address, such as a forged X-Forwarded-For header.
+    """
+    try:
+        address = ipaddress.ip_address(request.client.host if request.client else "")
+    except ValueError:
+        return "unknown"
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.IPv6Address(int(address) >> 64 << 64))
+
+
+ClientNetwork = Annotated[str, Depends(get_client_network)]
+
+
+async def join_hash_queue(network: ClientNetwork) -> AsyncIterator[None]:
+    """Hold a place in the queue until the route function returns. Raises TryAgain.
+
+    A network may take a place while it holds fewer places than are free, so a flood from one
+    network leaves half of the queue to others.
+    """
+    # There is no await between the check and the append, so no lock is needed.
+    if hash_queue.count(network) >= HASH_QUEUE_SIZE - len(hash_queue):
+        await asyncio.sleep(REJECTION_DELAY)
+        raise TryAgain(503, "Too many logins at once; try again", seconds=1)
+    hash_queue.append(network)
+    try:
+        yield
+    finally:
+        hash_queue.remove(network)
+
+
+async def wait_for_hash_slot() -> AsyncIterator[None]:
+    """Hold a slot until the route function returns. FastAPI limits how many are held."""
+    yield
+
+
+# For routes that hash passwords. Waiting requests use no thread.
+HASH_QUEUE = [
+    Depends(join_hash_queue, scope="function"),
+    Depends(wait_for_hash_slot, scope="function", max_concurrency=MAX_CONCURRENT_HASHES),
+]

@@ -1,7 +1,7 @@
 """MongoDB access: connection, unique index, circuit breaker and queries.
 
-A user is {_id, email, password_hash, created_at, refresh_tokens: [Session, ...]} and, after wrong
-passwords, failed_logins: {count, last}. Times are in UTC.
+A user is {_id, email, password_hash, created_at, refresh_tokens: [Session and network, ...]} and,
+after wrong passwords, login_failures: [{network, failed_at}, ...]. Times are in UTC.
 """
 
 import logging
@@ -15,12 +15,14 @@ from datetime import datetime
 from functools import cache, wraps
 from pathlib import Path
 from time import monotonic
-from typing import NoReturn, TypedDict
+from typing import Any, NoReturn, ParamSpec, TypedDict, TypeVar
 
 import mongomock
 from bson import ObjectId
-from dotenv import load_dotenv
-from pymongo import MongoClient, ReadPreference, WriteConcern, timeout
+from dotenv import find_dotenv, load_dotenv
+from dotenv.parser import parse_stream
+from pymongo import MongoClient, ReadPreference, WriteConcern
+from pymongo.collection import Collection
 from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
 
 logger = logging.getLogger("auth_jwt")
@@ -32,16 +34,25 @@ def refuse_to_start(reason: str) -> NoReturn:
     sys.exit(3)
 
 
+env_file = find_dotenv()  # in the folder of this module or the nearest folder above it
 try:
-    load_dotenv(Path(__file__).with_name(".env"), encoding="utf-8-sig")
+    load_dotenv(env_file, encoding="utf-8-sig")
+    if env_file:
+        # python-dotenv skips a malformed line, which can hold MONGO_URI.
+        with Path(env_file).open(encoding="utf-8-sig") as lines:
+            if any(binding.error for binding in parse_stream(lines)):
+                raise ValueError
 except (OSError, ValueError):
-    refuse_to_start(".env cannot be read; save it as UTF-8.")
+    refuse_to_start(f"{env_file} must be UTF-8 and contain only lines of the form NAME=value.")
 
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
 TIMEOUT_MS = 2500  # per operation, including server selection and retries
-RETRY_INTERVAL = 1.0  # seconds between attempts while the breaker is open
+RETRY_INTERVAL = 1.0  # seconds between attempts while the circuit breaker is open
 MAX_SESSIONS = 20
+MAX_LOGIN_FAILURES = 100
+
+Document = dict[str, Any]
 
 
 class Session(TypedDict):
@@ -53,17 +64,19 @@ class Session(TypedDict):
 
 
 class DatabaseUnavailable(PyMongoError):
-    """MongoDB does not respond."""
+    """MongoDB does not respond, or asks for a retry."""
 
 
-def get_collection(uri: str):
+def get_collection(uri: str) -> Collection[Document]:
     """Return the users collection. The first query opens the connection."""
     try:
         if not uri.startswith(("mongodb://", "mongodb+srv://")):
             raise ValueError
         # PyMongo only warns about a misspelled option.
         with warnings.catch_warnings(action="error"):
-            client = MongoClient(uri, connect=False, tz_aware=True, timeoutMS=TIMEOUT_MS)
+            client: MongoClient[Document] = MongoClient(
+                uri, connect=False, tz_aware=True, timeoutMS=TIMEOUT_MS
+            )
         # These settings take precedence over options in the URI.
         return client[MONGO_DB_NAME].get_collection(
             "users",
@@ -80,77 +93,75 @@ users = get_collection(MONGO_URI) if MONGO_URI else mongomock.MongoClient(tz_awa
 memory_lock = nullcontext() if MONGO_URI else threading.Lock()
 
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+last_success = 0.0  # monotonic time
+next_attempt = 0.0  # monotonic time, or 0.0 while the circuit breaker is closed
+
+
+def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
+    """Make a query fail at once while MongoDB does not respond. All queries share the state.
+
+    The breaker opens when a query gets no response and none has succeeded for RETRY_INTERVAL.
+    While it is open, one query per RETRY_INTERVAL is tried; the first success closes it.
+    """
+
+    @wraps(query)
+    def guarded_query(*args: P.args, **kwargs: P.kwargs) -> Result:
+        global last_success, next_attempt
+        if monotonic() < next_attempt:
+            raise DatabaseUnavailable
+        if next_attempt:
+            next_attempt = monotonic() + RETRY_INTERVAL
+        try:
+            with memory_lock:
+                result = query(*args, **kwargs)
+        except PyMongoError as error:
+            no_response = isinstance(error, ConnectionFailure) or error.timeout
+            if no_response and not next_attempt and monotonic() - last_success > RETRY_INTERVAL:
+                next_attempt = monotonic() + RETRY_INTERVAL
+                logger.error("MongoDB does not respond. Is it running, and is MONGO_URI right?")
+            if no_response or error.has_error_label("RetryableWriteError"):
+                raise DatabaseUnavailable from None
+            raise
+        last_success, next_attempt = monotonic(), 0.0
+        return result
+
+    return guarded_query
+
+
 @cache
 def create_index() -> None:
     """Make emails unique. No-op once it has succeeded."""
     users.create_index("email", unique=True)
 
 
-def prepare_collection() -> None:
-    """Create the index at start-up, in at most 8 seconds. Raises RuntimeError."""
-    try:
-        with timeout(8):
-            create_index()
-    except PyMongoError as error:
-        reason = f"MONGO_URI or MONGO_DB_NAME is not usable ({get_error_name(error)})"
-        if isinstance(error, DuplicateKeyError):
-            reason = "several users have the same email or no email"
-        raise RuntimeError(f"auth-jwt cannot start: {reason}.") from None
-
-
 def get_error_name(error: PyMongoError) -> str:
     """Return the error's code name or class. Its text can quote a document."""
     details = getattr(error, "details", None) or {}
-    return details.get("codeName", type(error).__name__)
+    return str(details.get("codeName", type(error).__name__))
 
 
-breaker_lock = threading.Lock()
-next_attempt = 0.0  # monotonic time, or 0.0 while the breaker is closed
-last_response = 0.0  # monotonic time
-
-
-def circuit_breaker(query: Callable) -> Callable:
-    """Guard a query. All queries share one circuit breaker.
-
-    It opens when MongoDB does not respond and closes at the next response. While it is open, one
-    call per RETRY_INTERVAL runs its query; all others raise DatabaseUnavailable at once.
-    """
-
-    @wraps(query)
-    def guarded_query(*args):
-        global next_attempt, last_response
-        started = monotonic()
-        with breaker_lock:
-            if started < next_attempt:
-                raise DatabaseUnavailable
-            if next_attempt:
-                next_attempt = started + RETRY_INTERVAL
-        responded = True
-        try:
-            with memory_lock:
-                return query(*args)
-        except ConnectionFailure:
-            responded = False
-            raise DatabaseUnavailable from None
-        finally:
-            ended = monotonic()
-            with breaker_lock:
-                if responded:
-                    next_attempt, last_response = 0.0, ended
-                # A recent response since the query started keeps it closed.
-                elif not next_attempt and last_response < max(started, ended - RETRY_INTERVAL):
-                    next_attempt = ended + RETRY_INTERVAL
-                    logger.error("MongoDB does not respond")
-
-    return guarded_query
+def prepare_collection() -> None:
+    """Create the index at start-up. If MongoDB does not respond, create_user tries again."""
+    try:
+        circuit_breaker(create_index)()
+    except DatabaseUnavailable:
+        pass
+    except DuplicateKeyError:
+        refuse_to_start("several users have the same email or no email.")
+    except PyMongoError as error:
+        refuse_to_start(f"MONGO_URI or MONGO_DB_NAME is not usable ({get_error_name(error)}).")
 
 
 @circuit_breaker
-def create_user(email: str, password_hash: str, session: Session) -> str | None:
+def create_user(email: str, password_hash: str, session: Session, network: str) -> str | None:
     """Store a user and a session. Return the user's id, or None if the email is taken."""
     create_index()
-    user = {"email": email, "password_hash": password_hash, "refresh_tokens": [session]}
+    user: Document = {"email": email, "password_hash": password_hash}
     user["created_at"] = session["issued_at"]
+    user["refresh_tokens"] = [{**session, "network": network}]
     try:
         return str(users.insert_one(user).inserted_id)
     except DuplicateKeyError:
@@ -158,14 +169,14 @@ def create_user(email: str, password_hash: str, session: Session) -> str | None:
 
 
 @circuit_breaker
-def find_user_by_email(email: str) -> dict | None:
-    """Return the user's _id, password_hash and failed_logins (if any), or None."""
-    query = {"email": email, "password_hash": {"$type": "string"}}
-    return users.find_one(query, {"password_hash": 1, "failed_logins": 1})
+def find_user_by_email(email: str, network: str) -> Document | None:
+    """Return the user's password hash, failed logins and a session of the network, or None."""
+    session = {"refresh_tokens": {"$elemMatch": {"network": network}}}
+    return users.find_one({"email": email}, {"password_hash": 1, "login_failures": 1} | session)
 
 
 @circuit_breaker
-def find_user_by_session(user_id: str, sid: str) -> dict | None:
+def find_user_by_session(user_id: str, sid: str) -> Document | None:
     """Return the user's email and created_at, or None if the user or session does not exist."""
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
     user = users.find_one(query, {"email": 1, "created_at": 1})
@@ -183,39 +194,49 @@ def replace_password_hash(user_id: str, old_hash: str, new_hash: str) -> None:
 
 
 @circuit_breaker
-def record_failed_login(email: str, failed_at: datetime) -> None:
-    """Count a wrong password. Does nothing for an unknown email."""
-    count = {"$inc": {"failed_logins.count": 1}, "$set": {"failed_logins.last": failed_at}}
+def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
+    """Add a failed login and drop any excess. Does nothing for an unknown email."""
+    failures = {"$each": [{"network": network, "failed_at": failed_at}]}
+    change = {"$push": {"login_failures": failures | {"$slice": -MAX_LOGIN_FAILURES}}}
     # Waiting for the journal would reveal that the email is registered.
-    users.with_options(write_concern=WriteConcern(1)).update_one({"email": email}, count)
+    users.with_options(write_concern=WriteConcern(1)).update_one({"email": email}, change)
 
 
 @circuit_breaker
-def add_session(user_id: str, session: Session) -> bool:
-    """Add a session, drop any excess, reset failed_logins. Return whether the user exists."""
-    newest = {"$each": [session], "$slice": -MAX_SESSIONS}
-    changes = {"$push": {"refresh_tokens": newest}, "$unset": {"failed_logins": ""}}
+def add_session(user_id: str, session: Session, network: str) -> bool:
+    """Add a session and drop the failed logins of its network. Return whether the user exists.
+
+    Above MAX_SESSIONS, the session that was refreshed longest ago is dropped, too.
+    """
+    newest = {"$each": [{**session, "network": network}]}
+    changes = {
+        "$push": {"refresh_tokens": newest | {"$sort": {"issued_at": 1}, "$slice": -MAX_SESSIONS}},
+        "$pull": {"login_failures": {"network": network}},
+    }
     return users.update_one({"_id": ObjectId(user_id)}, changes).matched_count == 1
 
 
 @circuit_breaker
-def advance_session(user_id: str, session: Session) -> Session | None:
-    """Store this generation of a session if the one before it is stored.
-
-    Return the generation that is stored afterwards, or None if the session does not exist.
-    """
+def advance_session(user_id: str, session: Session) -> bool:
+    """Store this generation of a session. Return False if the one before it is not stored."""
     previous = {"sid": session["sid"], "generation": session["generation"] - 1}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
-    if users.update_one(query, {"$set": {"refresh_tokens.$": session}}).matched_count:
-        return session
-    stored = {"refresh_tokens": {"$elemMatch": {"sid": session["sid"]}}}
-    user = users.find_one({"_id": ObjectId(user_id)} | stored, stored)
+    changes = {f"refresh_tokens.$.{name}": value for name, value in session.items()}
+    return users.update_one(query, {"$set": changes}).matched_count == 1
+
+
+@circuit_breaker
+def find_session(user_id: str, sid: str) -> Session | None:
+    """Return the session, or None if it does not exist."""
+    session = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
+    user = users.find_one({"_id": ObjectId(user_id)} | session, session)
     return user["refresh_tokens"][0] if user else None
 
 
 @circuit_breaker
-def delete_session(user_id: str, sid: str) -> bool | None:
-    """Delete the session. Return whether it existed, or None if there is no user."""
+def delete_session(user_id: str, sid: str) -> Session | None:
+    """Delete the session and return it, or return None if it does not exist."""
+    session = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
     removal = {"$pull": {"refresh_tokens": {"sid": sid}}}
-    result = users.update_one({"_id": ObjectId(user_id)}, removal)
-    return result.modified_count == 1 if result.matched_count else None
+    user = users.find_one_and_update({"_id": ObjectId(user_id)} | session, removal, session)
+    return user["refresh_tokens"][0] if user else None
