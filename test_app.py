@@ -723,7 +723,7 @@ def test_a_locked_account_responds_the_same_to_the_right_and_a_wrong_password(
 
 
 def test_a_login_to_a_locked_account_hashes_nothing_and_does_not_prolong_the_wait(
-    client, locked, email, blocked_hasher, set_clock
+    client, set_clock, locked, email, blocked_hasher
 ):
     for _ in range(3):
         assert login(client, email, "wrong").status_code == 429
