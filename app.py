@@ -9,13 +9,12 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import uvicorn
-from argon2.exceptions import HashingError
+from argon2.exceptions import Argon2Error
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, BeforeValidator, EmailStr, Field
-from pymongo.errors import PyMongoError
 
 import auth
 import db
@@ -23,12 +22,11 @@ import db
 logger = logging.getLogger("auth_jwt")
 
 
-def normalize_email(email: str) -> str:
-    """Return the email in lower case and Unicode NFC."""
-    return unicodedata.normalize("NFC", email.lower())
-
-
-Email = Annotated[EmailStr, AfterValidator(normalize_email), Field(examples=["alice@example.com"])]
+Email = Annotated[
+    EmailStr,
+    AfterValidator(lambda email: unicodedata.normalize("NFC", email.lower())),
+    Field(examples=["alice@example.com"]),
+]
 Password = Annotated[
     str,
     Field(max_length=128, repr=False, examples=["MyS3cret@1"]),
@@ -43,10 +41,9 @@ class Credentials(BaseModel):
     password: Password
 
 
-class NewCredentials(BaseModel):
+class NewCredentials(Credentials):
     """An email and a password: 8 to 128 characters, upper and lower case, a digit and a symbol."""
 
-    email: Email
     password: Annotated[Password, AfterValidator(auth.check_password_strength)]
 
 
@@ -56,29 +53,14 @@ class RefreshToken(BaseModel):
     refresh_token: str = Field(repr=False)
 
 
-class Tokens(BaseModel):
-    """An access token, and a refresh token for the next pair."""
-
-    user_id: str
-    access_token: str
-    refresh_token: str
-
-
 class Error(BaseModel):
-    """An error response. The reason is in English."""
+    """The body of an error response."""
 
     detail: str
 
 
-def create_tokens(user_id: str, session: db.Session) -> Tokens:
-    """Return the pair of tokens for the session."""
-    access_token = auth.create_token("access", user_id, session)
-    refresh_token = auth.create_token("refresh", user_id, session)
-    return Tokens(user_id=user_id, access_token=access_token, refresh_token=refresh_token)
-
-
 class AuthRoute(APIRoute):
-    """A route that converts errors to responses. Its responses contain no input."""
+    """A route with error responses that contain no input."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         original_handler = super().get_route_handler()
@@ -90,11 +72,8 @@ class AuthRoute(APIRoute):
                 # The input can be a password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise RequestValidationError(errors) from None
-            except PyMongoError as error:
-                raise auth.convert_database_error(error) from None
-            except HashingError as error:
-                logger.error("A password was not hashed: %s", error)
-                raise auth.TryAgain(503, "Not enough memory; try again", seconds=2) from None
+            except (db.DatabaseError, Argon2Error) as error:
+                raise auth.convert_error(error) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
             return response
 
@@ -111,10 +90,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Prepare the database before the first request."""
     db.prepare_collection()
     if not db.MONGO_URI:
-        logger.warning(
-            "Users are kept in memory: they are lost at exit, and each worker has its own. "
-            "Set MONGO_URI and JWT_SECRET_KEY to keep them."
-        )
+        logger.warning("Each worker has its own users, in memory only.")
+        logger.warning("Set MONGO_URI and JWT_SECRET_KEY to keep them.")
     yield
 
 
@@ -135,7 +112,7 @@ router = APIRouter(
     dependencies=auth.HASH_QUEUE,
     responses=document_errors(400, 409),
 )
-def register(credentials: NewCredentials, network: auth.ClientNetwork) -> Tokens:
+def register(credentials: NewCredentials, network: auth.ClientNetwork) -> auth.Tokens:
     """Create a user and start their first session."""
     password_hash = auth.hasher.hash(credentials.password)
     session = auth.create_session()
@@ -143,11 +120,11 @@ def register(credentials: NewCredentials, network: auth.ClientNetwork) -> Tokens
     if user_id is None:
         raise HTTPException(409, "This email is already registered")
     logger.warning("user_created user=%s session=%s network=%s", user_id, session["sid"], network)
-    return create_tokens(user_id, session)
+    return auth.create_tokens(user_id, session)
 
 
 @router.post("/login", dependencies=auth.HASH_QUEUE, responses=document_errors(400, 401, 429))
-def login(credentials: Credentials, network: auth.ClientNetwork) -> Tokens:
+def login(credentials: Credentials, network: auth.ClientNetwork) -> auth.Tokens:
     """Start a session."""
     user_id = auth.authenticate(credentials.email, credentials.password, network)
     session = auth.create_session()
@@ -156,7 +133,7 @@ def login(credentials: Credentials, network: auth.ClientNetwork) -> Tokens:
     logger.info(
         "authn_login_success user=%s session=%s network=%s", user_id, session["sid"], network
     )
-    return create_tokens(user_id, session)
+    return auth.create_tokens(user_id, session)
 
 
 @router.get("/me", response_model=auth.User, responses=document_errors(401))
@@ -167,10 +144,9 @@ def me(user: auth.CurrentUser) -> Response:
 
 
 @router.post("/refresh", responses=document_errors(400, 401))
-def refresh(body: RefreshToken) -> Tokens:
+def refresh(body: RefreshToken) -> auth.Tokens:
     """Exchange a refresh token for a new pair of tokens."""
-    user_id, session = auth.rotate_session(body.refresh_token)
-    return create_tokens(user_id, session)
+    return auth.rotate_session(body.refresh_token)
 
 
 @router.post("/logout", status_code=204, responses=document_errors(400, 401))
@@ -183,8 +159,7 @@ def logout(body: RefreshToken) -> Response:
 app = FastAPI(title="auth-jwt")
 app.include_router(router)
 
-CORS_ORIGINS = os.getenv("CORS_ORIGINS")
-if CORS_ORIGINS:
+if CORS_ORIGINS := os.getenv("CORS_ORIGINS"):
     origins = [origin.strip() for origin in CORS_ORIGINS.split(",")]
     if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", o) for o in origins):
         db.refuse_to_start("CORS_ORIGINS must list origins such as http://localhost:5173.")
@@ -198,6 +173,6 @@ if CORS_ORIGINS:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # In the lifespan, a failure would print a traceback too.
+    # A failure in the lifespan would print a traceback.
     db.prepare_collection()
     uvicorn.run(app, host="127.0.0.1", port=5000)

@@ -1,7 +1,7 @@
-"""MongoDB access: connection, unique index, circuit breaker and queries.
+"""MongoDB access: connection, circuit breaker, unique index and queries.
 
-A user is {_id, email, password_hash, created_at, refresh_tokens: [Session and network, ...]} and,
-after wrong passwords, login_failures: [{network, failed_at}, ...]. Times are in UTC.
+A user is {_id, email, password_hash, created_at, refresh_tokens: [{sid, generation, issued_at,
+network}, ...], login_failures: [{network, failed_at}, ...]}. Times are in UTC.
 """
 
 import logging
@@ -21,7 +21,7 @@ import mongomock
 from bson import ObjectId
 from dotenv import find_dotenv, load_dotenv
 from dotenv.parser import parse_stream
-from pymongo import MongoClient, ReadPreference, WriteConcern
+from pymongo import MongoClient, WriteConcern
 from pymongo.collection import Collection
 from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
 
@@ -37,13 +37,12 @@ def refuse_to_start(reason: str) -> NoReturn:
 env_file = find_dotenv()  # in the folder of this module or the nearest folder above it
 try:
     load_dotenv(env_file, encoding="utf-8-sig")
-    if env_file:
-        # python-dotenv skips a malformed line, which can hold MONGO_URI.
-        with Path(env_file).open(encoding="utf-8-sig") as lines:
-            if any(binding.error for binding in parse_stream(lines)):
-                raise ValueError
+    # python-dotenv only warns about a malformed line.
+    with Path(env_file or os.devnull).open(encoding="utf-8-sig") as lines:
+        if any(binding.error for binding in parse_stream(lines)):
+            raise ValueError
 except (OSError, ValueError):
-    refuse_to_start(f"{env_file} must be UTF-8 and contain only lines of the form NAME=value.")
+    refuse_to_start(f"{env_file} must be UTF-8 text with lines of the form NAME=value.")
 
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
@@ -63,8 +62,12 @@ class Session(TypedDict):
     issued_at: datetime
 
 
-class DatabaseUnavailable(PyMongoError):
-    """MongoDB does not respond, or asks for a retry."""
+class DatabaseError(Exception):
+    """MongoDB returned an error. Its name is the text, which contains no data."""
+
+
+class DatabaseUnavailable(DatabaseError):
+    """The query failed, but may succeed later."""
 
 
 def get_collection(uri: str) -> Collection[Document]:
@@ -74,15 +77,17 @@ def get_collection(uri: str) -> Collection[Document]:
             raise ValueError
         # PyMongo only warns about a misspelled option.
         with warnings.catch_warnings(action="error"):
+            # The keyword arguments take precedence over options in the URI.
             client: MongoClient[Document] = MongoClient(
-                uri, connect=False, tz_aware=True, timeoutMS=TIMEOUT_MS
+                uri,
+                connect=False,
+                tz_aware=True,
+                timeoutMS=TIMEOUT_MS,
+                w="majority",
+                journal=True,
+                readPreference="primary",
             )
-        # These settings take precedence over options in the URI.
-        return client[MONGO_DB_NAME].get_collection(
-            "users",
-            read_preference=ReadPreference.PRIMARY,
-            write_concern=WriteConcern("majority", j=True),
-        )
+        return client[MONGO_DB_NAME]["users"]
     # These errors can quote the password.
     except (PyMongoError, OSError, ValueError, Warning):
         refuse_to_start("MONGO_URI or MONGO_DB_NAME is malformed; see README.md.")
@@ -101,10 +106,10 @@ next_attempt = 0.0  # monotonic time, or 0.0 while the circuit breaker is closed
 
 
 def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
-    """Make a query fail at once while MongoDB does not respond. All queries share the state.
+    """Make a query fail at once while MongoDB does not respond. All queries share one breaker.
 
-    The breaker opens when a query gets no response and none has succeeded for RETRY_INTERVAL.
-    While it is open, one query per RETRY_INTERVAL is tried; the first success closes it.
+    It opens when a query gets no response and none has succeeded for RETRY_INTERVAL. While it is
+    open, one query per RETRY_INTERVAL is tried; a success closes it.
     """
 
     @wraps(query)
@@ -124,7 +129,8 @@ def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
                 logger.error("MongoDB does not respond. Is it running, and is MONGO_URI right?")
             if no_response or error.has_error_label("RetryableWriteError"):
                 raise DatabaseUnavailable from None
-            raise
+            details = getattr(error, "details", None) or {}
+            raise DatabaseError(details.get("codeName", type(error).__name__)) from None
         last_success, next_attempt = monotonic(), 0.0
         return result
 
@@ -137,22 +143,14 @@ def create_index() -> None:
     users.create_index("email", unique=True)
 
 
-def get_error_name(error: PyMongoError) -> str:
-    """Return the error's code name or class. Its text can quote a document."""
-    details = getattr(error, "details", None) or {}
-    return str(details.get("codeName", type(error).__name__))
-
-
 def prepare_collection() -> None:
-    """Create the index at start-up. If MongoDB does not respond, create_user tries again."""
+    """Create the index at start-up, or leave that to create_user if MongoDB does not respond."""
     try:
         circuit_breaker(create_index)()
     except DatabaseUnavailable:
-        pass
-    except DuplicateKeyError:
-        refuse_to_start("several users have the same email or no email.")
-    except PyMongoError as error:
-        refuse_to_start(f"MONGO_URI or MONGO_DB_NAME is not usable ({get_error_name(error)}).")
+        return
+    except DatabaseError as error:
+        refuse_to_start(f"MongoDB at MONGO_URI cannot make emails unique ({error}).")
 
 
 @circuit_breaker
@@ -196,23 +194,20 @@ def replace_password_hash(user_id: str, old_hash: str, new_hash: str) -> None:
 @circuit_breaker
 def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     """Add a failed login and drop any excess. Does nothing for an unknown email."""
-    failures = {"$each": [{"network": network, "failed_at": failed_at}]}
-    change = {"$push": {"login_failures": failures | {"$slice": -MAX_LOGIN_FAILURES}}}
+    added = {"$each": [{"network": network, "failed_at": failed_at}]}
+    change = {"$push": {"login_failures": added | {"$slice": -MAX_LOGIN_FAILURES}}}
     # Waiting for the journal would reveal that the email is registered.
     users.with_options(write_concern=WriteConcern(1)).update_one({"email": email}, change)
 
 
 @circuit_breaker
 def add_session(user_id: str, session: Session, network: str) -> bool:
-    """Add a session and drop the failed logins of its network. Return whether the user exists.
-
-    Above MAX_SESSIONS, the session that was refreshed longest ago is dropped, too.
-    """
-    newest = {"$each": [{**session, "network": network}]}
-    changes = {
-        "$push": {"refresh_tokens": newest | {"$sort": {"issued_at": 1}, "$slice": -MAX_SESSIONS}},
-        "$pull": {"login_failures": {"network": network}},
-    }
+    """Add a session and drop the failed logins of its network. Return whether the user exists."""
+    added = {"$each": [{**session, "network": network}]}
+    # Above MAX_SESSIONS, those that were refreshed longest ago are dropped.
+    kept = {"$sort": {"issued_at": 1}, "$slice": -MAX_SESSIONS}
+    changes = {"$push": {"refresh_tokens": added | kept}}
+    changes["$pull"] = {"login_failures": {"network": network}}
     return users.update_one({"_id": ObjectId(user_id)}, changes).matched_count == 1
 
 

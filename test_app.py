@@ -36,7 +36,9 @@ from argon2 import PasswordHasher
 from argon2.exceptions import HashingError, VerificationError
 from argon2.low_level import error_to_str, lib
 from bson import ObjectId
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from pymongo import MongoClient, ReadPreference
 from pymongo.errors import ExecutionTimeout, OperationFailure, ServerSelectionTimeoutError
@@ -1599,7 +1601,7 @@ def test_a_permanent_server_error_is_500_and_does_not_open_the_breaker(
         assert "Retry-After" not in response.headers
         assert failing.operations == attempt
     assert refresh(client, tokens["refresh_token"]).status_code == 500
-    assert events() == [("ERROR", "MongoDB returned an error: Unauthorized")] * 4
+    assert events() == [("ERROR", "DatabaseError: Unauthorized")] * 4
 
 
 @pytest.mark.parametrize(
@@ -1721,6 +1723,53 @@ def test_another_app_can_include_the_router_and_use_the_current_user(
         monkeypatch.setattr(db, "users", FailingCollection(ServerSelectionTimeoutError()))
         assert client.get("/mine", headers=bearer).status_code == 503
         assert login(client, email).status_code == 503
+
+
+def test_the_error_handlers_of_another_app_apply(cheap_hasher):
+    outer = FastAPI()
+    outer.include_router(app.router)
+
+    @outer.exception_handler(RequestValidationError)
+    def handle(request, error):
+        return JSONResponse({"errors": error.errors()}, 418)
+
+    response = TestClient(outer).post("/auth/login", json={"email": "x", "password": [SECRET]})
+    assert response.status_code == 418
+    assert [error["loc"] for error in response.json()["errors"]] == [
+        ["body", "email"],
+        ["body", "password"],
+    ]
+    assert SECRET not in response.text
+
+
+def test_a_400_of_a_dependency_of_another_app_stays_a_400(cheap_hasher):
+    def reject():
+        raise HTTPException(400, "Not today")
+
+    outer = FastAPI()
+    outer.include_router(app.router, dependencies=[Depends(reject)])
+    response = TestClient(outer).post("/auth/login", json={})
+    assert (response.status_code, response.json()) == (400, {"detail": "Not today"})
+
+
+def test_the_operation_ids_stay_short_in_another_app():
+    outer = FastAPI()
+    outer.include_router(app.router, prefix="/api")
+    paths = outer.openapi()["paths"].values()
+    ids = [operation["operationId"] for path in paths for operation in path.values()]
+    assert ids == ["register", "login", "me", "refresh", "logout"]
+
+
+def test_the_hash_queue_works_on_two_event_loops(email, cheap_hasher, blocked_hasher):
+    with TestClient(app.app) as one, TestClient(app.app) as two, ThreadPoolExecutor(8) as pool:
+        clients = [client_at(loop, f"192.0.2.{i}") for i in range(4) for loop in (one, two)]
+        logins = [pool.submit(login, client, f"{i}-{email}") for i, client in enumerate(clients)]
+        while len(auth.hash_queue) < 8:
+            pass
+        blocked_hasher.unblock.set()
+        assert [login.result().status_code for login in logins] == [401] * 8
+    assert blocked_hasher.peak == 4
+    assert auth.hash_queue == []
 
 
 @pytest.mark.parametrize("prefix", ["", "/api"])
@@ -1877,9 +1926,9 @@ def test_the_shortest_and_the_longest_lifetime_work(monkeypatch, value):
     monkeypatch.setenv("ACCESS_TOKEN_EXPIRE_MINUTES", value)
     monkeypatch.setenv("REFRESH_TOKEN_EXPIRE_DAYS", value)
     module = runpy.run_path(str(HERE / "auth.py"))
-    for token_type in ("access", "refresh"):
-        token = module["create_token"](token_type, "0" * 24, module["create_session"]())
-        assert module["read_token"](token_type, token).type == token_type
+    tokens = module["create_tokens"]("0" * 24, module["create_session"]())
+    assert module["read_token"]("access", tokens.access_token).type == "access"
+    assert module["read_token"]("refresh", tokens.refresh_token).type == "refresh"
 
 
 @pytest.mark.parametrize(
@@ -1891,19 +1940,39 @@ def test_a_malformed_cors_origin_prevents_startup(monkeypatch, capsys, origins):
     assert "CORS_ORIGINS" in printed
 
 
-def test_an_env_file_that_is_not_utf_8_prevents_startup(tmp_path, monkeypatch, capsys):
-    copy = tmp_path / "db.py"
+@pytest.fixture
+def module_copy(tmp_path):
+    """A copy of db.py in a package, beside which the tests write their own .env."""
+    copy = tmp_path / "accounts" / "db.py"
+    copy.parent.mkdir()
     copy.write_bytes((HERE / "db.py").read_bytes())
-    (tmp_path / ".env").write_text("MONGO_URI=mongodb://127.0.0.1", encoding="utf-16")
-    assert ".env" in start_error(copy, monkeypatch, capsys)
+    return copy
 
 
-def test_an_env_file_is_read_beside_the_modules(tmp_path, monkeypatch):
-    copy = tmp_path / "db.py"
-    copy.write_bytes((HERE / "db.py").read_bytes())
-    (tmp_path / ".env").write_text("MONGO_DB_NAME=from_file", encoding="utf-8-sig")
+@pytest.mark.parametrize(
+    "content",
+    [
+        "MONGO_URI=mongodb://s3cret".encode("utf-16"),
+        b"MONGO_URI: mongodb://s3cret",
+        b'JWT_SECRET_KEY="s3cret\nMONGO_URI=mongodb://s3cret',
+        b"# comment\n\nMONGO_DB_NAME=x\nMONGO_URI mongodb://s3cret\n",
+    ],
+    ids=["not UTF-8", "a colon", "an unclosed quote", "no sign"],
+)
+def test_a_malformed_env_file_prevents_startup(module_copy, monkeypatch, capsys, content):
+    (module_copy.parent / ".env").write_bytes(content)
+    assert str(module_copy.parent / ".env") in start_error(module_copy, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("folder", ["accounts", "."])
+def test_an_env_file_is_read_beside_the_module_or_in_a_folder_above(
+    module_copy, tmp_path, monkeypatch, folder
+):
+    (tmp_path / folder / ".env").write_text(
+        "# a comment\n\nexport MONGO_DB_NAME=from_file\nEMPTY=\n", encoding="utf-8-sig"
+    )
     monkeypatch.delenv("MONGO_DB_NAME")
-    assert runpy.run_path(str(copy))["MONGO_DB_NAME"] == "from_file"
+    assert runpy.run_path(str(module_copy))["MONGO_DB_NAME"] == "from_file"
 
 
 def test_options_in_the_uri_do_not_weaken_reads_and_writes():
@@ -1964,8 +2033,11 @@ def test_duplicate_emails_prevent_startup(empty_collection, capsys):
     with pytest.raises(SystemExit) as stopped:
         db.prepare_collection()
     assert stopped.value.code == 3
-    message = "auth-jwt cannot start: several users have the same email or no email.\n"
-    assert capsys.readouterr().err == message
+    printed = capsys.readouterr().err
+    assert printed.startswith(
+        "auth-jwt cannot start: MongoDB at MONGO_URI cannot make emails unique"
+    )
+    assert "DuplicateKey" in printed
 
 
 def test_a_warning_says_that_users_are_kept_in_memory(client, events):
