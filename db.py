@@ -78,7 +78,7 @@ def get_collection(uri: str) -> Collection[Document]:
         # PyMongo only warns about a misspelled option.
         with warnings.catch_warnings(action="error"):
             # The keyword arguments take precedence over options in the URI.
-            client: MongoClient[Document] = MongoClient(
+            client = MongoClient[Document](
                 uri,
                 connect=False,
                 tz_aware=True,
@@ -123,14 +123,14 @@ def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
             with memory_lock:
                 result = query(*args, **kwargs)
         except PyMongoError as error:
-            no_response = isinstance(error, ConnectionFailure) or error.timeout
-            if no_response and not next_attempt and monotonic() - last_success > RETRY_INTERVAL:
+            retryable = error.timeout or error.has_error_label("RetryableWriteError")
+            if not retryable and not isinstance(error, ConnectionFailure):
+                details = getattr(error, "details", None) or {}
+                raise DatabaseError(details.get("codeName", type(error).__name__)) from None
+            if not next_attempt and monotonic() - last_success > RETRY_INTERVAL:
                 next_attempt = monotonic() + RETRY_INTERVAL
                 logger.error("MongoDB does not respond. Is it running, and is MONGO_URI right?")
-            if no_response or error.has_error_label("RetryableWriteError"):
-                raise DatabaseUnavailable from None
-            details = getattr(error, "details", None) or {}
-            raise DatabaseError(details.get("codeName", type(error).__name__)) from None
+            raise DatabaseUnavailable from None
         last_success, next_attempt = monotonic(), 0.0
         return result
 
@@ -150,7 +150,7 @@ def prepare_collection() -> None:
     except DatabaseUnavailable:
         return
     except DatabaseError as error:
-        refuse_to_start(f"MongoDB at MONGO_URI cannot make emails unique ({error}).")
+        refuse_to_start(f"MongoDB at MONGO_URI is not usable ({error}); see README.md.")
 
 
 @circuit_breaker

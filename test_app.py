@@ -2035,7 +2035,7 @@ def test_duplicate_emails_prevent_startup(empty_collection, capsys):
     assert stopped.value.code == 3
     printed = capsys.readouterr().err
     assert printed.startswith(
-        "auth-jwt cannot start: MongoDB at MONGO_URI cannot make emails unique"
+        "auth-jwt cannot start: MongoDB at MONGO_URI is not usable"
     )
     assert "DuplicateKey" in printed
 

@@ -49,6 +49,6 @@ def test_all_requests_get_a_documented_response(service, tmp_path):
     command += ["--max-examples", "40", "--max-time", "40", "--report-dir", str(tmp_path)]
     # JSON Schema cannot describe all rules for a password.
     command += ["--exclude-checks", "positive_data_acceptance"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     print(result.stdout)
     assert result.returncode == 0
