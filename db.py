@@ -19,7 +19,7 @@ from typing import Any, NoReturn, ParamSpec, TypedDict, TypeVar
 
 import mongomock
 from bson import ObjectId
-from dotenv import find_dotenv, load_dotenv
+from dotenv import load_dotenv
 from dotenv.parser import parse_stream
 from pymongo import MongoClient, WriteConcern
 from pymongo.collection import Collection
@@ -34,11 +34,13 @@ def refuse_to_start(reason: str) -> NoReturn:
     sys.exit(3)
 
 
-env_file = find_dotenv()  # in the folder of this module or the nearest folder above it
+# In some processes, find_dotenv() would ignore the folder of this module.
+env_files = (folder / ".env" for folder in Path(__file__).absolute().parents)
+env_file = next(filter(Path.is_file, env_files), Path(os.devnull))
 try:
     load_dotenv(env_file, encoding="utf-8-sig")
     # python-dotenv only warns about a malformed line.
-    with Path(env_file or os.devnull).open(encoding="utf-8-sig") as lines:
+    with env_file.open(encoding="utf-8-sig") as lines:
         if any(binding.error for binding in parse_stream(lines)):
             raise ValueError
 except (OSError, ValueError):

@@ -1975,6 +1975,15 @@ def test_an_env_file_is_read_beside_the_module_or_in_a_folder_above(
     assert runpy.run_path(str(module_copy))["MONGO_DB_NAME"] == "from_file"
 
 
+def test_an_env_file_is_found_from_another_working_directory(module_copy, tmp_path):
+    (tmp_path / ".env").write_text("MONGO_DB_NAME=from_file")
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    # python-dotenv would search the working directory if the main module is not a file.
+    code = f"import runpy; print(runpy.run_path({str(module_copy)!r})['MONGO_DB_NAME'])"
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd="/", env=environment)
+    assert printed == b"from_file\n"
+
+
 def test_options_in_the_uri_do_not_weaken_reads_and_writes():
     uri = "mongodb://127.0.0.1:9/?w=0&journal=false&readPreference=secondary&timeoutMS=99999"
     collection = db.get_collection(uri)
@@ -2034,9 +2043,7 @@ def test_duplicate_emails_prevent_startup(empty_collection, capsys):
         db.prepare_collection()
     assert stopped.value.code == 3
     printed = capsys.readouterr().err
-    assert printed.startswith(
-        "auth-jwt cannot start: MongoDB at MONGO_URI is not usable"
-    )
+    assert printed.startswith("auth-jwt cannot start: MongoDB at MONGO_URI is not usable")
     assert "DuplicateKey" in printed
 
 

@@ -1,32 +1,50 @@
-"""Tests that run the README's own commands and code."""
+"""Tests that execute the README's bash, Python and JavaScript blocks.
+
+TEST, the README's test command, is executed by .ci/run. The variable MONGOD contains the path of
+MongoDB's binary.
+"""
 
 import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import pymongo
 import pytest
+from test_faults import Mongod
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RUN, CURL, TEST = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[:3]
-PYTHON = re.search(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1]
+BIN = Path(sys.executable).parent
+MODULES = ("app.py", "auth.py", "db.py")
+KEY = "a key for the tests, longer than 32 bytes"
+ALICE = {"email": "alice@example.com", "password": "MyS3cret@1"}
 # An empty variable hides the one in .env.
-ENVIRONMENT = os.environ | dict.fromkeys(["MONGO_URI", "JWT_SECRET_KEY", "CORS_ORIGINS"], "")
+IN_MEMORY = dict.fromkeys(["MONGO_URI", "JWT_SECRET_KEY", "CORS_ORIGINS"], "")
+
+
+def find_blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+# A block that is added to the README has to be executed here too.
+RUN, CURL, TEST, PACKAGE = find_blocks("bash")
+HOST, HOST_TEST = find_blocks("python")
+[FRONT_END] = find_blocks("javascript")
 
 
 @contextlib.contextmanager
-def service(command, folder, port):
+def service(command, folder, port, environment):
     process = subprocess.Popen(
-        ["bash", "-c", command], cwd=folder, env=ENVIRONMENT, start_new_session=True
+        ["bash", "-c", command], cwd=folder, env=environment, start_new_session=True
     )
     try:
         for _ in range(1200):
@@ -41,18 +59,26 @@ def service(command, folder, port):
         process.wait(10)
 
 
-def request(url, body=None, token=None):
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+def request(url, body=None, token=None, **headers):
+    headers |= {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
     data = json.dumps(body).encode() if body else None
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers)) as response:
-            return response.status, json.load(response)
+            return response.status, response.headers, response.read()
     except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+        return error.code, error.headers, error.read()
+
+
+@pytest.fixture
+def mongod(tmp_path):
+    (tmp_path / "data").mkdir()
+    mongod = Mongod(tmp_path / "data")
+    yield mongod
+    mongod.kill()
 
 
 def test_the_curl_commands_print_what_the_readme_shows():
-    with service(RUN, ROOT, 5000):
+    with service(RUN, ROOT, 5000, os.environ | IN_MEMORY):
         printed = subprocess.check_output(["bash", "-euo", "pipefail", "-c", CURL], text=True)
     expected = re.findall(r"^# → (.*)$", CURL, re.MULTILINE)
     lines = printed.splitlines()
@@ -61,19 +87,69 @@ def test_the_curl_commands_print_what_the_readme_shows():
         assert re.fullmatch(re.escape(pattern).replace("…", ".+"), line)
 
 
-@pytest.mark.parametrize("name", ["app", "main"])
-def test_the_python_example_works_in_a_project_with_its_own_app(tmp_path, name):
-    for module in ("auth.py", "db.py"):
-        shutil.copy(ROOT / module, tmp_path)
-    shutil.copy(ROOT / "app.py", tmp_path / "auth_routes.py")
-    (tmp_path / f"{name}.py").write_text(PYTHON)
-    command = f"exec {ROOT}/.venv/bin/uvicorn {name}:app --port 5001"
-    with service(command, tmp_path, 5001):
-        url = "http://127.0.0.1:5001"
-        alice = {"email": "alice@example.com", "password": "MyS3cret@1"}
-        status, tokens = request(f"{url}/auth/register", alice)
-        assert status == 201
-        expected = (200, {"owner": "alice@example.com"})
-        assert request(f"{url}/mine", token=tokens["access_token"]) == expected
-        assert request(f"{url}/mine", token="x")[0] == 401
-        assert request(f"{url}/auth/register", alice)[0] == 409
+def test_the_front_end_module_refreshes_once_and_survives_outages(mongod, tmp_path):
+    assert len(FRONT_END.splitlines()) <= 40
+    script = tmp_path / "front_end.mjs"
+    script.write_text(FRONT_END + (ROOT / ".ci/front_end.mjs").read_text())
+    # With a known key, the test can sign an expired access token.
+    settings = IN_MEMORY | {"MONGO_URI": mongod.uri, "JWT_SECRET_KEY": KEY}
+    with service(RUN, ROOT, 5000, os.environ | settings):
+        variables = {"KEY": KEY, "EMAIL": ALICE["email"]}
+        subprocess.run([BIN / "node", script], env=os.environ | variables, check=True, timeout=120)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with modules of its own and the README's package and example."""
+    (tmp_path / "auth-jwt").symlink_to(ROOT)
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in MODULES:
+        (project / name).write_text('raise RuntimeError("not the module of the package")\n')
+    subprocess.run(["bash", "-euo", "pipefail", "-c", PACKAGE], cwd=project, check=True)
+    (project / "main.py").write_text(HOST)
+    (project / "test_main.py").write_text(HOST_TEST)
+    return project
+
+
+def test_the_package_differs_only_in_the_imports_of_its_modules(project):
+    names = {path.name for path in (project / "accounts").iterdir()}
+    assert names == {"__init__.py", *MODULES}
+    changed = {}
+    for name in MODULES:
+        before = (ROOT / name).read_text().splitlines()
+        after = (project / "accounts" / name).read_text().splitlines()
+        changed[name] = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
+    auth, db = (("import auth", "from . import auth"), ("import db", "from . import db"))
+    assert changed == {"app.py": [auth, db], "auth.py": [db], "db.py": []}
+
+
+def test_the_example_and_its_test_work_in_a_project_with_its_own_modules(project, mongod):
+    (project / ".env").write_text(f"MONGO_URI={mongod.uri}\nJWT_SECRET_KEY={KEY}\n")
+    environment = {name: value for name, value in os.environ.items() if name not in IN_MEMORY}
+    with pymongo.MongoClient(mongod.uri) as client:
+        users = client["auth_db"]["users"]
+        users.insert_one({"_id": 1, "email": "host@example.com"})
+
+        for _ in range(2):
+            command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "test_main.py"]
+            subprocess.run(command, cwd=project, env=environment, check=True)
+            assert list(users.find()) == [{"_id": 1, "email": "host@example.com"}]
+            assert client.list_database_names() == ["admin", "auth_db", "config", "local"]
+
+        command = f"exec {sys.executable} -m uvicorn main:app --port 5001"
+        with service(command, project, 5001, environment):
+            url = "http://127.0.0.1:5001"
+            status, _, body = request(f"{url}/auth/register", ALICE)
+            assert status == 201
+            token = json.loads(body)["access_token"]
+            status, headers, body = request(
+                f"{url}/mine", token=token, Origin="http://localhost:5173"
+            )
+            assert (status, json.loads(body)) == (200, {"owner": ALICE["email"]})
+            assert headers["Access-Control-Allow-Origin"] == "http://localhost:5173"
+            assert request(f"{url}/mine", token="x")[0] == 401
+            assert request(f"{url}/auth/register", ALICE)[0] == 409
+            paths = json.loads(request(f"{url}/openapi.json")[2])["paths"]
+            assert paths["/auth/login"]["post"]["operationId"] == "login"
+        assert users.count_documents({"email": ALICE["email"]}) == 1

@@ -1,0 +1,132 @@
+"""Tests of clients that are generated from the service's OpenAPI document.
+
+The npm packages come from the lock file in client/, Node from PyPI.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def service():
+    """The address of a service in memory."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    settings = dict.fromkeys(["MONGO_URI", "JWT_SECRET_KEY", "CORS_ORIGINS"], "")
+    command = [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port), "--no-access-log"]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings)
+    for _ in range(300):
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(10)
+
+
+@pytest.fixture
+def document(service):
+    """The service's OpenAPI document."""
+    with urllib.request.urlopen(f"{service}/openapi.json") as response:
+        return json.load(response)
+
+
+@pytest.fixture(scope="module")
+def npm_folder(tmp_path_factory):
+    """A copy of client/ with its packages."""
+    folder = shutil.copytree(ROOT / ".ci/client", tmp_path_factory.mktemp("npm") / "client")
+    npm = [BIN / "npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    subprocess.run(npm, cwd=folder, check=True)
+    return folder
+
+
+def compile_client(folder, document):
+    """Generate the types from the OpenAPI document and compile client.ts."""
+    (folder / "openapi.json").write_text(json.dumps(document))
+    generator = "node_modules/openapi-typescript/bin/cli.js"
+    command = [BIN / "node", generator, "openapi.json", "-o", "schema.d.ts"]
+    subprocess.run(command, cwd=folder, check=True)
+    compiler = [BIN / "node", "node_modules/typescript/bin/tsc", "--strict", "-p", "."]
+    return subprocess.run(compiler, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def python_client(service, tmp_path_factory):
+    """The name of an importable package that openapi-python-client has generated."""
+    folder = tmp_path_factory.mktemp("python")
+    package = folder / "generated_client"
+    command = [BIN / "openapi-python-client", "generate", "--meta", "none"]
+    command += ["--url", f"{service}/openapi.json", "--output-path", package]
+    # It formats the code with ruff.
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    output = subprocess.check_output(
+        command, cwd=folder, env=environment, stderr=subprocess.STDOUT, text=True
+    )
+    assert "WARNING" not in output
+    sys.path.insert(0, str(folder))
+    yield package.name
+    sys.path.remove(str(folder))
+
+
+def test_a_typescript_client_compiles_and_uses_each_route(service, document, npm_folder):
+    result = compile_client(npm_folder, document)
+    assert result.returncode == 0, result.stdout
+    subprocess.run([BIN / "node", "client.js", service], cwd=npm_folder, check=True, timeout=60)
+
+
+def test_a_typescript_client_does_not_compile_if_an_error_has_no_schema(document, npm_folder):
+    del document["paths"]["/auth/login"]["post"]["responses"]["401"]["content"]
+    result = compile_client(npm_folder, document)
+    assert result.returncode != 0
+    assert "client.ts" in result.stdout
+
+
+def test_a_python_client_has_a_module_for_each_route_and_parses_errors(service, python_client):
+    package, models, api = (
+        importlib.import_module(python_client + name) for name in ("", ".models", ".api.auth")
+    )
+    names = {path.stem for path in Path(api.__file__).parent.glob("[a-z]*.py")}
+    assert names == {"register", "login", "me", "refresh", "logout"}
+    register, login, me, refresh, logout = (
+        importlib.import_module(f"{api.__name__}.{name}")
+        for name in ("register", "login", "me", "refresh", "logout")
+    )
+    client = package.Client(base_url=service)
+    email, password = "bob@example.com", "MyS3cret@1"
+
+    credentials = models.NewCredentials(email, password)
+    assert isinstance(register.sync(client=client, body=credentials), models.Tokens)
+    conflict = register.sync(client=client, body=credentials)
+    assert conflict == models.Error("This email is already registered")
+    invalid = register.sync(client=client, body=models.NewCredentials(email, "short"))
+    assert isinstance(invalid, models.HTTPValidationError)
+    assert invalid.detail[0].loc == ["body", "password"]
+    wrong = login.sync(client=client, body=models.Credentials(email, "wrong"))
+    assert wrong == models.Error("Wrong email or password")
+
+    tokens = login.sync(client=client, body=models.Credentials(email, password))
+    authenticated = package.AuthenticatedClient(base_url=service, token=tokens.access_token)
+    user = me.sync(client=authenticated)
+    assert (user.id, user.email) == (tokens.user_id, email)
+    tokens = refresh.sync(client=client, body=models.RefreshToken(tokens.refresh_token))
+    body = models.RefreshToken(tokens.refresh_token)
+    assert logout.sync_detailed(client=client, body=body).status_code == 204
+    ended = refresh.sync(client=client, body=body)
+    assert ended == me.sync(client=authenticated)
+    assert isinstance(ended.detail, str)
