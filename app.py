@@ -74,6 +74,10 @@ class AuthRoute(APIRoute):
                 raise RequestValidationError(errors) from None
             except (db.DatabaseError, Argon2Error) as error:
                 raise auth.convert_error(error) from None
+            except RuntimeError as error:
+                if str(error) != "can't start new thread":
+                    raise
+                raise auth.TryAgain(503, "Too few threads; try again", seconds=2) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
             return response
 

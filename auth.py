@@ -248,8 +248,8 @@ def revoke_session(refresh_token: str) -> None:
     A replaced token may have been used by a thief (RFC 9700 section 4.14.2).
     """
     claims = read_token("refresh", refresh_token, verify_exp=False)
-    session = db.delete_session(claims.sub, claims.sid)
-    if session is None:
+    session = db.find_session(claims.sub, claims.sid)
+    if session is None or not db.delete_session(claims.sub, claims.sid):
         return
     if session["generation"] > claims.generation and not may_be_retry(claims, session):
         logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)

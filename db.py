@@ -231,9 +231,7 @@ def find_session(user_id: str, sid: str) -> Session | None:
 
 
 @circuit_breaker
-def delete_session(user_id: str, sid: str) -> Session | None:
-    """Delete the session and return it, or return None if it does not exist."""
-    session = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
+def delete_session(user_id: str, sid: str) -> bool:
+    """Delete the session. Return whether it existed."""
     removal = {"$pull": {"refresh_tokens": {"sid": sid}}}
-    user = users.find_one_and_update({"_id": ObjectId(user_id)} | session, removal, session)
-    return user["refresh_tokens"][0] if user else None
+    return users.update_one({"_id": ObjectId(user_id)}, removal).modified_count == 1

@@ -532,6 +532,15 @@ def test_a_password_that_cannot_be_hashed_is_503_and_not_a_failed_login(
     assert auth.hash_queue == []
 
 
+def test_a_request_for_which_no_thread_can_be_started_is_503(client, tokens, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", fail)
+    response = me(client, tokens["access_token"])
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
+
+
 @pytest.mark.parametrize("field", [0, 1, 2, 3, 4, 5])
 def test_a_truncated_password_hash_is_a_wrong_password(client, tokens, email, field):
     parts = stored_user(tokens)["password_hash"].split("$")
@@ -1764,7 +1773,8 @@ def test_the_hash_queue_works_on_two_event_loops(email, cheap_hasher, blocked_ha
     with TestClient(app.app) as one, TestClient(app.app) as two, ThreadPoolExecutor(8) as pool:
         clients = [client_at(loop, f"192.0.2.{i}") for i in range(4) for loop in (one, two)]
         logins = [pool.submit(login, client, f"{i}-{email}") for i, client in enumerate(clients)]
-        while len(auth.hash_queue) < 8:
+        # Two on each event loop.
+        while len(auth.hash_queue) < 8 or blocked_hasher.running < 4:
             pass
         blocked_hasher.unblock.set()
         assert [login.result().status_code for login in logins] == [401] * 8
