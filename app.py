@@ -48,7 +48,7 @@ class NewCredentials(Credentials):
 
 
 class RefreshToken(BaseModel):
-    """A refresh token: the newest to refresh, any to log out."""
+    """A refresh token. Logout also accepts an old one."""
 
     refresh_token: str = Field(repr=False)
 
@@ -60,7 +60,7 @@ class Error(BaseModel):
 
 
 class AuthRoute(APIRoute):
-    """A route with error responses that contain no input."""
+    """A route that hides input, converts errors and forbids caching."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         original_handler = super().get_route_handler()
@@ -69,15 +69,17 @@ class AuthRoute(APIRoute):
             try:
                 response = await original_handler(request)
             except RequestValidationError as error:
-                # The input can be a password.
+                # Omit the input: it can be a password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise RequestValidationError(errors) from None
             except (db.DatabaseError, Argon2Error) as error:
-                raise auth.convert_error(error) from None
+                raise auth.to_http_exception(error) from None
             except RuntimeError as error:
                 if str(error) != "can't start new thread":
                     raise
-                raise auth.TryAgain(503, "Too few threads; try again", seconds=2) from None
+                raise auth.TryAgain(
+                    503, "The service is overloaded; try again", seconds=2
+                ) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
             return response
 
@@ -94,7 +96,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Prepare the database before the first request."""
     db.prepare_collection()
     if not db.MONGO_URI:
-        logger.warning("Each worker has its own users, in memory only.")
+        logger.warning("Users are kept in memory, separately in each worker.")
         logger.warning("Set MONGO_URI and JWT_SECRET_KEY to keep them.")
     yield
 
@@ -106,14 +108,14 @@ router = APIRouter(
     lifespan=lifespan,
     max_body_size=8 * 1024,  # bytes
     generate_unique_id_function=lambda route: route.name,
-    responses=document_errors(503) | {413: {}},
+    responses=document_errors(503) | {413: {}},  # a 413 can be plain text
 )
 
 
 @router.post(
     "/register",
     status_code=201,
-    dependencies=auth.HASH_QUEUE,
+    dependencies=auth.LIMIT_HASHING,
     responses=document_errors(400, 409),
 )
 def register(credentials: NewCredentials, network: auth.ClientNetwork) -> auth.Tokens:
@@ -127,7 +129,7 @@ def register(credentials: NewCredentials, network: auth.ClientNetwork) -> auth.T
     return auth.create_tokens(user_id, session)
 
 
-@router.post("/login", dependencies=auth.HASH_QUEUE, responses=document_errors(400, 401, 429))
+@router.post("/login", dependencies=auth.LIMIT_HASHING, responses=document_errors(400, 401, 429))
 def login(credentials: Credentials, network: auth.ClientNetwork) -> auth.Tokens:
     """Start a session."""
     user_id = auth.authenticate(credentials.email, credentials.password, network)
@@ -177,6 +179,6 @@ if CORS_ORIGINS := os.getenv("CORS_ORIGINS"):
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # A failure in the lifespan would print a traceback.
+    # A failure in the lifespan would print a traceback, too.
     db.prepare_collection()
     uvicorn.run(app, host="127.0.0.1", port=5000)

@@ -64,23 +64,23 @@ class InvalidToken(HTTPException):
 
 
 class TryAgain(HTTPException):
-    """An error response with the seconds until a retry."""
+    """An error response with Retry-After."""
 
     def __init__(self, status_code: int, detail: str, seconds: int) -> None:
         super().__init__(status_code, detail, {"Retry-After": str(seconds)})
 
 
-def convert_error(error: db.DatabaseError | Argon2Error) -> HTTPException:
-    """Return the error response: 503 if a retry can succeed, otherwise 500."""
+def to_http_exception(error: db.DatabaseError | Argon2Error) -> HTTPException:
+    """Return a 503 if a retry can succeed, otherwise a 500."""
     if isinstance(error, db.DatabaseUnavailable):
         return TryAgain(503, "The database is unavailable; try again", seconds=2)
     logger.error("%s: %s", type(error).__name__, error)
     if isinstance(error, Argon2Error):
-        return TryAgain(503, "The service has too little memory; try again", seconds=2)
+        return TryAgain(503, "The service is overloaded; try again", seconds=2)
     return HTTPException(500, "Internal server error")
 
 
-# Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
+# The defaults: Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
 hasher = PasswordHasher()
 DUMMY_HASH = hasher.hash(secrets.token_urlsafe())
 
@@ -109,14 +109,14 @@ def verify_password(password_hash: str, password: str) -> bool:
     """Return whether the password matches. Raises VerificationError if Argon2 cannot run."""
     try:
         return hasher.verify(password_hash, password)
-    # These are a mismatch, a malformed hash, and a lack of memory or threads.
     except (VerificationError, InvalidHashError, UnicodeError) as error:
+        # argon2-cffi raises VerificationError for a mismatch, too.
         if str(error) in ("Memory allocation error", "Threading failure"):
             raise
         return False
 
 
-FREE_LOGIN_FAILURES = 4
+FREE_LOGIN_FAILURES = 4  # the next one causes a wait
 HOUR = 60 * 60  # seconds
 
 
@@ -124,8 +124,8 @@ def get_login_wait(user: db.Document, network: str) -> float:
     """Return the seconds until the network may log in; 0 or less means now.
 
     A network waits for a second after its fifth failed login and twice as long after each further
-    one. After 100 failures of all networks, only those with a session may log in. A failure counts
-    for an hour.
+    one. After 100 failures in total, only networks with a session may log in. A failure counts for
+    an hour.
     """
     recent = sorted(
         (age, failure["network"])
@@ -133,8 +133,10 @@ def get_login_wait(user: db.Document, network: str) -> float:
         # An age is negative if a clock was set back.
         if 0 <= (age := (now() - failure["failed_at"]).total_seconds()) < HOUR
     )
+    # From the newest to the oldest.
     own = [age for age, source in recent if source == network]
     waits = [min(2**n - own[0], HOUR - age) for n, age in enumerate(own[FREE_LOGIN_FAILURES:])]
+    # The user was found with the sessions of this network only.
     if len(recent) == db.MAX_LOGIN_FAILURES and not user.get("refresh_tokens"):
         waits.append(HOUR - recent[-1][0])
     return max(waits, default=0)
@@ -144,7 +146,7 @@ def authenticate(email: str, password: str, network: str) -> str | None:
     """Return the user's id, or None if the email or password is wrong. Raises TryAgain."""
     user = db.find_user_by_email(email, network)
     if user is None:
-        # An unknown email takes as long as a wrong password.
+        # An unknown email must take as long as a wrong password.
         verify_password(DUMMY_HASH, password)
         db.record_failed_login(email, network, now())
         logger.warning("authn_login_fail user=unknown network=%s", network)
@@ -197,7 +199,7 @@ def create_tokens(user_id: str, session: db.Session) -> Tokens:
 
 
 def read_token(token_type: str, token: str, verify_exp: bool = True) -> Claims:
-    """Return the claims of a valid token of this type. Raises InvalidToken."""
+    """Return the claims of a valid token of this type. Raises InvalidToken (RFC 8725)."""
     try:
         payload = jwt.decode(token, SECRET_KEY, ["HS256"], {"verify_exp": verify_exp})
         claims = Claims.model_validate(payload)
@@ -208,7 +210,7 @@ def read_token(token_type: str, token: str, verify_exp: bool = True) -> Claims:
     return claims
 
 
-REUSE_GRACE = timedelta(seconds=60)
+REUSE_GRACE = timedelta(seconds=60)  # for a client that lost a response
 
 
 def create_session() -> db.Session:
@@ -216,8 +218,8 @@ def create_session() -> db.Session:
     return db.Session(sid=secrets.token_hex(16), generation=0, issued_at=now())
 
 
-def may_be_retry(claims: Claims, session: db.Session) -> bool:
-    """Return whether the client may not have received the token that replaced this one."""
+def is_within_grace(claims: Claims, session: db.Session) -> bool:
+    """Return whether the token was replaced once, less than REUSE_GRACE ago."""
     age = now() - session["issued_at"]
     return session["generation"] == claims.generation + 1 and age < REUSE_GRACE
 
@@ -226,16 +228,16 @@ def rotate_session(refresh_token: str) -> Tokens:
     """Return the tokens of the next generation. Raises InvalidToken.
 
     A client that got no response sends a replaced token again. Within REUSE_GRACE, it gets tokens
-    of the same generation; later, the token may be stolen, so its session is revoked.
+    of the current generation. Otherwise, the token may be stolen, and the session is revoked.
     """
-    # An expired token can still reveal that a thief has refreshed the session.
+    # Even an expired token can show that a thief has refreshed the session.
     claims = read_token("refresh", refresh_token, verify_exp=False)
     session = db.Session(sid=claims.sid, generation=claims.generation + 1, issued_at=now())
     if claims.exp > session["issued_at"].timestamp():
         if db.advance_session(claims.sub, session):
             return create_tokens(claims.sub, session)
         stored = db.find_session(claims.sub, claims.sid)
-        if stored and may_be_retry(claims, stored):
+        if stored and is_within_grace(claims, stored):
             logger.info("authn_token_reuse_in_grace user=%s session=%s", claims.sub, claims.sid)
             return create_tokens(claims.sub, stored)
     revoke_session(refresh_token)
@@ -243,15 +245,13 @@ def rotate_session(refresh_token: str) -> Tokens:
 
 
 def revoke_session(refresh_token: str) -> None:
-    """Delete the session of a refresh token, even an expired one. Raises InvalidToken.
-
-    A replaced token may have been used by a thief (RFC 9700 section 4.14.2).
-    """
+    """Delete the session of a refresh token, even an expired one. Raises InvalidToken."""
     claims = read_token("refresh", refresh_token, verify_exp=False)
     session = db.find_session(claims.sub, claims.sid)
     if session is None or not db.delete_session(claims.sub, claims.sid):
         return
-    if session["generation"] > claims.generation and not may_be_retry(claims, session):
+    if session["generation"] > claims.generation and not is_within_grace(claims, session):
+        # Two clients have used this token: one is a thief (RFC 9700 section 4.14.2).
         logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)
     else:
         logger.info("authn_token_revoked user=%s session=%s", claims.sub, claims.sid)
@@ -265,7 +265,7 @@ class User(BaseModel):
     created_at: datetime
 
 
-bearer = HTTPBearer(description="Paste the access_token from the response to a login.")
+bearer = HTTPBearer(description="Paste an access_token.")
 
 
 def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bearer)]) -> User:
@@ -273,9 +273,9 @@ def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bear
     claims = read_token("access", token.credentials)
     try:
         user = db.find_user_by_session(claims.sub, claims.sid)
-    # The routes of an embedding app do not use AuthRoute.
+    # The routes of another app do not convert this error.
     except db.DatabaseError as error:
-        raise convert_error(error) from None
+        raise to_http_exception(error) from None
     if user is None:
         raise InvalidToken
     return User(id=claims.sub, email=user["email"], created_at=user["created_at"])
@@ -285,13 +285,14 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 MAX_CONCURRENT_HASHES = 2
-HASH_QUEUE_SIZE = 16  # including those that hash
+HASH_QUEUE_SIZE = 16  # including running hashes
 REJECTION_DELAY = 0.5  # seconds, to slow down a flood
 hash_queue: list[str] = []  # the network of each request
 
 
+# A plain function would use a thread.
 async def get_client_network(request: Request) -> str:
-    """Return the client's IPv4 address, the start of its IPv6 /64 network, or "unknown"."""
+    """Return the IPv4 address, the address of the IPv6 /64 network, or "unknown"."""
     try:
         address = ipaddress.ip_address(request.client.host if request.client else "")
     except ValueError:  # for example from a forged X-Forwarded-For header
@@ -312,7 +313,7 @@ async def join_hash_queue(network: ClientNetwork) -> AsyncIterator[None]:
     """
     if hash_queue.count(network) >= HASH_QUEUE_SIZE - len(hash_queue):
         await asyncio.sleep(REJECTION_DELAY)
-        raise TryAgain(503, "Too many logins at once; try again", seconds=1)
+        raise TryAgain(503, "Too many requests at once; try again", seconds=1)
     hash_queue.append(network)
     try:
         yield
@@ -321,12 +322,12 @@ async def join_hash_queue(network: ClientNetwork) -> AsyncIterator[None]:
 
 
 async def wait_for_hash_slot() -> AsyncIterator[None]:
-    """Hold a slot until the route function returns."""
-    yield
+    """Hold one of MAX_CONCURRENT_HASHES slots until the route function returns."""
+    yield  # FastAPI waits before the call; see max_concurrency.
 
 
 # For routes that hash passwords. A request that waits uses no thread.
-HASH_QUEUE = [
+LIMIT_HASHING = [
     Depends(join_hash_queue, scope="function"),
     Depends(wait_for_hash_slot, scope="function", max_concurrency=MAX_CONCURRENT_HASHES),
 ]

@@ -29,12 +29,12 @@ logger = logging.getLogger("auth_jwt")
 
 
 def refuse_to_start(reason: str) -> NoReturn:
-    """Print the reason and exit with 3, which stops `uvicorn --workers`."""
+    """Print the reason and exit with status 3, which stops `uvicorn --workers`."""
     print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
     sys.exit(3)
 
 
-# In some processes, find_dotenv() would ignore the folder of this module.
+# find_dotenv() can search the working directory instead.
 env_files = (folder / ".env" for folder in Path(__file__).absolute().parents)
 env_file = next(filter(Path.is_file, env_files), Path(os.devnull))
 try:
@@ -57,7 +57,7 @@ Document = dict[str, Any]
 
 
 class Session(TypedDict):
-    """A session of a user. The generation counts its refreshes."""
+    """A session of a user. generation counts the refreshes."""
 
     sid: str
     generation: int
@@ -65,11 +65,11 @@ class Session(TypedDict):
 
 
 class DatabaseError(Exception):
-    """MongoDB returned an error. Its name is the text, which contains no data."""
+    """A query failed. The message is the name of MongoDB's error, without data."""
 
 
 class DatabaseUnavailable(DatabaseError):
-    """The query failed, but may succeed later."""
+    """MongoDB did not respond. A retry may succeed."""
 
 
 def get_collection(uri: str) -> Collection[Document]:
@@ -108,10 +108,11 @@ next_attempt = 0.0  # monotonic time, or 0.0 while the circuit breaker is closed
 
 
 def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
-    """Make a query fail at once while MongoDB does not respond. All queries share one breaker.
+    """Make a query fail at once during an outage, and convert its errors.
 
-    It opens when a query gets no response and none has succeeded for RETRY_INTERVAL. While it is
-    open, one query per RETRY_INTERVAL is tried; a success closes it.
+    All queries share one breaker. It opens when a query gets no response and none has succeeded
+    for RETRY_INTERVAL. While it is open, one query per RETRY_INTERVAL is tried. A success closes
+    it.
     """
 
     @wraps(query)
@@ -131,7 +132,7 @@ def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
                 raise DatabaseError(details.get("codeName", type(error).__name__)) from None
             if not next_attempt and monotonic() - last_success > RETRY_INTERVAL:
                 next_attempt = monotonic() + RETRY_INTERVAL
-                logger.error("MongoDB does not respond. Is it running, and is MONGO_URI right?")
+                logger.error("MongoDB does not respond. Is it running, and is MONGO_URI correct?")
             raise DatabaseUnavailable from None
         last_success, next_attempt = monotonic(), 0.0
         return result
@@ -141,7 +142,7 @@ def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
 
 @cache
 def create_index() -> None:
-    """Make emails unique. No-op once it has succeeded."""
+    """Make emails unique. Not guarded, because create_user calls it while guarded."""
     users.create_index("email", unique=True)
 
 
@@ -170,7 +171,7 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
 
 @circuit_breaker
 def find_user_by_email(email: str, network: str) -> Document | None:
-    """Return the user's password hash, failed logins and a session of the network, or None."""
+    """Return the user's password hash, failed logins and a session from the network, or None."""
     session = {"refresh_tokens": {"$elemMatch": {"network": network}}}
     return users.find_one({"email": email}, {"password_hash": 1, "login_failures": 1} | session)
 
@@ -180,7 +181,7 @@ def find_user_by_session(user_id: str, sid: str) -> Document | None:
     """Return the user's email and created_at, or None if the user or session does not exist."""
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
     user = users.find_one(query, {"email": 1, "created_at": 1})
-    # An old document can lack it.
+    # Documents of other programs can lack created_at.
     if user and not isinstance(user.get("created_at"), datetime):
         user["created_at"] = user["_id"].generation_time
     return user
@@ -188,17 +189,17 @@ def find_user_by_session(user_id: str, sid: str) -> Document | None:
 
 @circuit_breaker
 def replace_password_hash(user_id: str, old_hash: str, new_hash: str) -> None:
-    """Replace the password hash, unless it has changed."""
+    """Replace the password hash if it is still the old one."""
     query = {"_id": ObjectId(user_id), "password_hash": old_hash}
     users.update_one(query, {"$set": {"password_hash": new_hash}})
 
 
 @circuit_breaker
 def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
-    """Add a failed login and drop any excess. Does nothing for an unknown email."""
+    """Add a failed login and keep the newest. Does nothing for an unknown email."""
     added = {"$each": [{"network": network, "failed_at": failed_at}]}
     change = {"$push": {"login_failures": added | {"$slice": -MAX_LOGIN_FAILURES}}}
-    # Waiting for the journal would reveal that the email is registered.
+    # Only a registered email would wait for the journal, so it could be recognized.
     users.with_options(write_concern=WriteConcern(1)).update_one({"email": email}, change)
 
 
@@ -206,7 +207,7 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
 def add_session(user_id: str, session: Session, network: str) -> bool:
     """Add a session and drop the failed logins of its network. Return whether the user exists."""
     added = {"$each": [{**session, "network": network}]}
-    # Above MAX_SESSIONS, those that were refreshed longest ago are dropped.
+    # Keep the sessions that were refreshed last.
     kept = {"$sort": {"issued_at": 1}, "$slice": -MAX_SESSIONS}
     changes = {"$push": {"refresh_tokens": added | kept}}
     changes["$pull"] = {"login_failures": {"network": network}}
@@ -215,7 +216,7 @@ def add_session(user_id: str, session: Session, network: str) -> bool:
 
 @circuit_breaker
 def advance_session(user_id: str, session: Session) -> bool:
-    """Store this generation of a session. Return False if the one before it is not stored."""
+    """Replace the previous generation of the session. Return whether it was stored."""
     previous = {"sid": session["sid"], "generation": session["generation"] - 1}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
     changes = {f"refresh_tokens.$.{name}": value for name, value in session.items()}

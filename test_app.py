@@ -852,7 +852,7 @@ def test_a_request_rejected_by_the_queue_gets_503_and_others_are_not_affected(
         patch.setattr(db, "users", None)
         response = client.post(f"/auth/{route}", json={"email": email, "password": PASSWORD})
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
-    assert response.json() == {"detail": "Too many logins at once; try again"}
+    assert response.json() == {"detail": "Too many requests at once; try again"}
     assert me(client, tokens["access_token"]).status_code == 200
     assert refresh(client, tokens["refresh_token"]).status_code == 200
 
@@ -2043,7 +2043,7 @@ def test_the_service_starts_without_mongodb_and_creates_the_index_later(
     assert [register(client, email).status_code for _ in range(2)] == [201, 409]
     assert db.users.index_information()["email_1"]["unique"]
     errors = [message for level, message in events() if level == "ERROR"]
-    assert errors == ["MongoDB does not respond. Is it running, and is MONGO_URI right?"]
+    assert errors == ["MongoDB does not respond. Is it running, and is MONGO_URI correct?"]
 
 
 @ignore_deprecated_throw

@@ -7,10 +7,8 @@ import importlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -20,30 +18,10 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 
-@pytest.fixture(scope="module")
-def service():
-    """The address of a service in memory."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    settings = dict.fromkeys(["MONGO_URI", "JWT_SECRET_KEY", "CORS_ORIGINS"], "")
-    command = [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port), "--no-access-log"]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings)
-    for _ in range(300):
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            break
-        except OSError:
-            time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(10)
-
-
 @pytest.fixture
-def document(service):
+def document(memory_service):
     """The service's OpenAPI document."""
-    with urllib.request.urlopen(f"{service}/openapi.json") as response:
+    with urllib.request.urlopen(f"{memory_service}/openapi.json") as response:
         return json.load(response)
 
 
@@ -67,12 +45,12 @@ def compile_client(folder, document):
 
 
 @pytest.fixture(scope="module")
-def python_client(service, tmp_path_factory):
+def python_client(memory_service, tmp_path_factory):
     """The name of an importable package that openapi-python-client has generated."""
     folder = tmp_path_factory.mktemp("python")
     package = folder / "generated_client"
     command = [BIN / "openapi-python-client", "generate", "--meta", "none"]
-    command += ["--url", f"{service}/openapi.json", "--output-path", package]
+    command += ["--url", f"{memory_service}/openapi.json", "--output-path", package]
     # It formats the code with ruff.
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     output = subprocess.check_output(
@@ -84,10 +62,12 @@ def python_client(service, tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-def test_a_typescript_client_compiles_and_uses_each_route(service, document, npm_folder):
+def test_a_typescript_client_compiles_and_uses_each_route(memory_service, document, npm_folder):
     result = compile_client(npm_folder, document)
     assert result.returncode == 0, result.stdout
-    subprocess.run([BIN / "node", "client.js", service], cwd=npm_folder, check=True, timeout=60)
+    subprocess.run(
+        [BIN / "node", "client.js", memory_service], cwd=npm_folder, check=True, timeout=60
+    )
 
 
 def test_a_typescript_client_does_not_compile_if_an_error_has_no_schema(document, npm_folder):
@@ -97,7 +77,9 @@ def test_a_typescript_client_does_not_compile_if_an_error_has_no_schema(document
     assert "client.ts" in result.stdout
 
 
-def test_a_python_client_has_a_module_for_each_route_and_parses_errors(service, python_client):
+def test_a_python_client_has_a_module_for_each_route_and_parses_errors(
+    memory_service, python_client
+):
     package, models, api = (
         importlib.import_module(python_client + name) for name in ("", ".models", ".api.auth")
     )
@@ -107,7 +89,7 @@ def test_a_python_client_has_a_module_for_each_route_and_parses_errors(service, 
         importlib.import_module(f"{api.__name__}.{name}")
         for name in ("register", "login", "me", "refresh", "logout")
     )
-    client = package.Client(base_url=service)
+    client = package.Client(base_url=memory_service)
     email, password = "bob@example.com", "MyS3cret@1"
 
     credentials = models.NewCredentials(email, password)
@@ -121,7 +103,7 @@ def test_a_python_client_has_a_module_for_each_route_and_parses_errors(service, 
     assert wrong == models.Error("Wrong email or password")
 
     tokens = login.sync(client=client, body=models.Credentials(email, password))
-    authenticated = package.AuthenticatedClient(base_url=service, token=tokens.access_token)
+    authenticated = package.AuthenticatedClient(base_url=memory_service, token=tokens.access_token)
     user = me.sync(client=authenticated)
     assert (user.id, user.email) == (tokens.user_id, email)
     tokens = refresh.sync(client=client, body=models.RefreshToken(tokens.refresh_token))
