@@ -22,15 +22,20 @@ import db
 logger = logging.getLogger("auth_jwt")
 
 
+def to_nfc(value: object) -> object:
+    """Return text in Unicode NFC (RFC 8265), and any other value unchanged."""
+    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
+
+
 Email = Annotated[
     EmailStr,
-    AfterValidator(lambda email: unicodedata.normalize("NFC", email.lower())),
+    AfterValidator(lambda email: to_nfc(email.lower())),
     Field(examples=["alice@example.com"]),
 ]
 Password = Annotated[
     str,
     Field(max_length=128, repr=False, examples=["MyS3cret@1"]),
-    BeforeValidator(auth.normalize_password),
+    BeforeValidator(to_nfc),
 ]
 
 
@@ -72,14 +77,8 @@ class AuthRoute(APIRoute):
                 # Omit the input: it can be a password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise RequestValidationError(errors) from None
-            except (db.DatabaseError, Argon2Error) as error:
+            except (db.DatabaseError, Argon2Error, RuntimeError) as error:
                 raise auth.to_http_exception(error) from None
-            except RuntimeError as error:
-                if str(error) != "can't start new thread":
-                    raise
-                raise auth.TryAgain(
-                    503, "The service is overloaded; try again", seconds=2
-                ) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
             return response
 

@@ -70,24 +70,21 @@ class TryAgain(HTTPException):
         super().__init__(status_code, detail, {"Retry-After": str(seconds)})
 
 
-def to_http_exception(error: db.DatabaseError | Argon2Error) -> HTTPException:
-    """Return a 503 if a retry can succeed, otherwise a 500."""
+def to_http_exception(error: Exception) -> Exception:
+    """Return a 503 if a retry can succeed, a 500, or an unexpected error itself."""
     if isinstance(error, db.DatabaseUnavailable):
         return TryAgain(503, "The database is unavailable; try again", seconds=2)
     logger.error("%s: %s", type(error).__name__, error)
-    if isinstance(error, Argon2Error):
+    if isinstance(error, db.DatabaseError):
+        return HTTPException(500, "Internal server error")
+    if isinstance(error, Argon2Error) or str(error) == "can't start new thread":
         return TryAgain(503, "The service is overloaded; try again", seconds=2)
-    return HTTPException(500, "Internal server error")
+    return error
 
 
 # The defaults: Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
 hasher = PasswordHasher()
 DUMMY_HASH = hasher.hash(secrets.token_urlsafe())
-
-
-def normalize_password(password: object) -> object:
-    """Return the password in Unicode NFC (RFC 8265), or unchanged if it is not a string."""
-    return unicodedata.normalize("NFC", password) if isinstance(password, str) else password
 
 
 def check_password_strength(password: str) -> str:
@@ -147,10 +144,7 @@ def authenticate(email: str, password: str, network: str) -> str | None:
     user = db.find_user_by_email(email, network)
     if user is None:
         # An unknown email must take as long as a wrong password.
-        verify_password(DUMMY_HASH, password)
-        db.record_failed_login(email, network, now())
-        logger.warning("authn_login_fail user=unknown network=%s", network)
-        return None
+        user = {"_id": "unknown", "password_hash": DUMMY_HASH}
     user_id, password_hash = str(user["_id"]), str(user.get("password_hash"))
     wait = get_login_wait(user, network)
     if wait > 0:
@@ -185,17 +179,12 @@ class Tokens(BaseModel):
 
 def create_tokens(user_id: str, session: db.Session) -> Tokens:
     """Return signed tokens for this generation of the session."""
-    tokens = {"user_id": user_id}
+    claims = {"sub": user_id, "sid": session["sid"], "generation": session["generation"]}
+    tokens = {}
     for token_type, lifetime in LIFETIMES.items():
-        claims = {
-            "type": token_type,
-            "sub": user_id,
-            "sid": session["sid"],
-            "generation": session["generation"],
-            "exp": session["issued_at"] + lifetime,
-        }
-        tokens[f"{token_type}_token"] = jwt.encode(claims, SECRET_KEY, "HS256")
-    return Tokens(**tokens)
+        payload = claims | {"type": token_type, "exp": session["issued_at"] + lifetime}
+        tokens[f"{token_type}_token"] = jwt.encode(payload, SECRET_KEY, "HS256")
+    return Tokens(user_id=user_id, **tokens)
 
 
 def read_token(token_type: str, token: str, verify_exp: bool = True) -> Claims:

@@ -160,9 +160,12 @@ def prepare_collection() -> None:
 def create_user(email: str, password_hash: str, session: Session, network: str) -> str | None:
     """Store a user and a session. Return the user's id, or None if the email is taken."""
     create_index()
-    user: Document = {"email": email, "password_hash": password_hash}
-    user["created_at"] = session["issued_at"]
-    user["refresh_tokens"] = [{**session, "network": network}]
+    user: Document = {
+        "email": email,
+        "password_hash": password_hash,
+        "created_at": session["issued_at"],
+        "refresh_tokens": [{**session, "network": network}],
+    }
     try:
         return str(users.insert_one(user).inserted_id)
     except DuplicateKeyError:

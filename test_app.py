@@ -541,6 +541,16 @@ def test_a_request_for_which_no_thread_can_be_started_is_503(client, tokens, mon
     assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
 
 
+def test_an_unexpected_error_keeps_its_traceback(client, tokens, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("unexpected")
+
+    monkeypatch.setattr(db, "find_user_by_session", fail)
+    with pytest.raises(RuntimeError, match="unexpected") as raised:
+        me(client, tokens["access_token"])
+    assert raised.traceback[-1].name == "fail"
+
+
 @pytest.mark.parametrize("field", [0, 1, 2, 3, 4, 5])
 def test_a_truncated_password_hash_is_a_wrong_password(client, tokens, email, field):
     parts = stored_user(tokens)["password_hash"].split("$")
