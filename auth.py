@@ -71,7 +71,7 @@ class TryAgain(HTTPException):
 
 
 def to_http_exception(error: Exception) -> Exception:
-    """Return a 503 if a retry can succeed, a 500, or an unexpected error itself."""
+    """Return a 503 if a retry can succeed, a 500 for another database error, or the error."""
     if isinstance(error, db.DatabaseUnavailable):
         return TryAgain(503, "The database is unavailable; try again", seconds=2)
     logger.error("%s: %s", type(error).__name__, error)
@@ -100,17 +100,6 @@ def check_password_strength(password: str) -> str:
     if unmet:
         raise PydanticCustomError("weak_password", "The password needs {unmet}", {"unmet": unmet})
     return password
-
-
-def verify_password(password_hash: str, password: str) -> bool:
-    """Return whether the password matches. Raises VerificationError if Argon2 cannot run."""
-    try:
-        return hasher.verify(password_hash, password)
-    except (VerificationError, InvalidHashError, UnicodeError) as error:
-        # argon2-cffi raises VerificationError for a mismatch, too.
-        if str(error) in ("Memory allocation error", "Threading failure"):
-            raise
-        return False
 
 
 FREE_LOGIN_FAILURES = 4  # the next one causes a wait
@@ -150,7 +139,12 @@ def authenticate(email: str, password: str, network: str) -> str | None:
     if wait > 0:
         logger.warning("authn_login_lock user=%s network=%s", user_id, network)
         raise TryAgain(429, "Too many failed logins; try again later", math.ceil(wait))
-    if not verify_password(password_hash, password):
+    try:
+        hasher.verify(password_hash, password)
+    except (VerificationError, InvalidHashError, UnicodeError) as error:
+        # These do not mean that the password is wrong.
+        if str(error) in ("Memory allocation error", "Threading failure"):
+            raise
         db.record_failed_login(email, network, now())
         logger.warning("authn_login_fail user=%s network=%s", user_id, network)
         return None
@@ -281,7 +275,7 @@ hash_queue: list[str] = []  # the network of each request
 
 # A plain function would use a thread.
 async def get_client_network(request: Request) -> str:
-    """Return the IPv4 address, the address of the IPv6 /64 network, or "unknown"."""
+    """Return the client's IPv4 address or IPv6 /64 network, or "unknown"."""
     try:
         address = ipaddress.ip_address(request.client.host if request.client else "")
     except ValueError:  # for example from a forged X-Forwarded-For header

@@ -104,15 +104,14 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 last_success = 0.0  # monotonic time
-next_attempt = 0.0  # monotonic time, or 0.0 while the circuit breaker is closed
+next_attempt = 0.0  # monotonic time; 0.0 while the circuit breaker is closed
 
 
 def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
     """Make a query fail at once during an outage, and convert its errors.
 
-    All queries share one breaker. It opens when a query gets no response and none has succeeded
-    for RETRY_INTERVAL. While it is open, one query per RETRY_INTERVAL is tried. A success closes
-    it.
+    The breaker opens when a query gets no response and no query has succeeded for RETRY_INTERVAL.
+    Then one query per RETRY_INTERVAL is tried, until one succeeds.
     """
 
     @wraps(query)
@@ -147,11 +146,11 @@ def create_index() -> None:
 
 
 def prepare_collection() -> None:
-    """Create the index at start-up, or leave that to create_user if MongoDB does not respond."""
+    """Create the index, or leave that to create_user if MongoDB does not respond."""
     try:
         circuit_breaker(create_index)()
     except DatabaseUnavailable:
-        return
+        pass
     except DatabaseError as error:
         refuse_to_start(f"MongoDB at MONGO_URI is not usable ({error}); see README.md.")
 
@@ -212,8 +211,10 @@ def add_session(user_id: str, session: Session, network: str) -> bool:
     added = {"$each": [{**session, "network": network}]}
     # Keep the sessions that were refreshed last.
     kept = {"$sort": {"issued_at": 1}, "$slice": -MAX_SESSIONS}
-    changes = {"$push": {"refresh_tokens": added | kept}}
-    changes["$pull"] = {"login_failures": {"network": network}}
+    changes = {
+        "$push": {"refresh_tokens": added | kept},
+        "$pull": {"login_failures": {"network": network}},
+    }
     return users.update_one({"_id": ObjectId(user_id)}, changes).matched_count == 1
 
 
