@@ -71,7 +71,6 @@ def request(url, body=None, token=None, **headers):
 
 @pytest.fixture
 def mongod(tmp_path):
-    (tmp_path / "data").mkdir()
     mongod = Mongod(tmp_path / "data")
     yield mongod
     mongod.kill()
