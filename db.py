@@ -38,11 +38,11 @@ def refuse_to_start(reason: str) -> NoReturn:
 env_files = (folder / ".env" for folder in Path(__file__).absolute().parents)
 env_file = next(filter(Path.is_file, env_files), Path(os.devnull))
 try:
-    load_dotenv(env_file, encoding="utf-8-sig")
-    # python-dotenv only warns about a malformed line.
     with env_file.open(encoding="utf-8-sig") as lines:
+        # load_dotenv() only warns about a malformed line.
         if any(binding.error for binding in parse_stream(lines)):
             raise ValueError
+    load_dotenv(env_file, encoding="utf-8-sig")
 except (OSError, ValueError):
     refuse_to_start(f"{env_file} must be UTF-8 text with lines of the form NAME=value.")
 

@@ -1979,9 +1979,10 @@ def module_copy(tmp_path):
     ],
     ids=["not UTF-8", "a colon", "an unclosed quote", "no sign"],
 )
-def test_a_malformed_env_file_prevents_startup(module_copy, monkeypatch, capsys, content):
+def test_a_malformed_env_file_prevents_startup(module_copy, monkeypatch, capsys, caplog, content):
     (module_copy.parent / ".env").write_bytes(content)
     assert str(module_copy.parent / ".env") in start_error(module_copy, monkeypatch, capsys)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("folder", ["accounts", "."])
