@@ -53,7 +53,7 @@ class NewCredentials(Credentials):
 
 
 class RefreshToken(BaseModel):
-    """A refresh token. Logout also accepts an old one."""
+    """A refresh token. Logout also accepts a replaced or expired one."""
 
     refresh_token: str = Field(repr=False)
 
@@ -65,7 +65,7 @@ class Error(BaseModel):
 
 
 class AuthRoute(APIRoute):
-    """A route that hides input, converts errors and forbids caching."""
+    """A route that omits input from a 422, converts errors and forbids caching of a success."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         original_handler = super().get_route_handler()
@@ -77,6 +77,7 @@ class AuthRoute(APIRoute):
                 # Omit the input: it can be a password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise RequestValidationError(errors) from None
+            # RuntimeError: no thread could be started.
             except (db.DatabaseError, Argon2Error, RuntimeError) as error:
                 raise auth.to_http_exception(error) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
@@ -144,7 +145,7 @@ def login(credentials: Credentials, network: auth.ClientNetwork) -> auth.Tokens:
 @router.get("/me", response_model=auth.User, responses=document_errors(401))
 def me(user: auth.CurrentUser) -> Response:
     """Return the current user."""
-    # FastAPI would validate a User again, in another thread.
+    # FastAPI would validate a returned User again, in another thread.
     return Response(user.model_dump_json(), media_type="application/json")
 
 
@@ -178,6 +179,6 @@ if CORS_ORIGINS := os.getenv("CORS_ORIGINS"):
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # A failure in the lifespan would print a traceback, too.
+    # A failure in the lifespan would also print a traceback.
     db.prepare_collection()
     uvicorn.run(app, host="127.0.0.1", port=5000)

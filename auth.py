@@ -30,7 +30,7 @@ if bool(SECRET_KEY) != bool(db.MONGO_URI):
     db.refuse_to_start("Set both JWT_SECRET_KEY and MONGO_URI, or neither.")
 SECRET_KEY = SECRET_KEY or secrets.token_bytes(32)
 try:
-    # PyJWT checks a key when it is used.
+    # PyJWT checks a key when it signs.
     jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, SECRET_KEY, "HS256")
 except jwt.InvalidKeyError:
     db.refuse_to_start("JWT_SECRET_KEY must be at least 32 random bytes; see .env.example.")
@@ -71,7 +71,7 @@ class TryAgain(HTTPException):
 
 
 def to_http_exception(error: Exception) -> Exception:
-    """Return a 503 if a retry can succeed, a 500 for another database error, or the error."""
+    """Return a 503 if a retry can succeed, a 500 for other database errors, else the error."""
     if isinstance(error, db.DatabaseUnavailable):
         return TryAgain(503, "The database is unavailable; try again", seconds=2)
     logger.error("%s: %s", type(error).__name__, error)
@@ -84,7 +84,6 @@ def to_http_exception(error: Exception) -> Exception:
 
 # The defaults: Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
 hasher = PasswordHasher()
-DUMMY_HASH = hasher.hash(secrets.token_urlsafe())
 
 
 def check_password_strength(password: str) -> str:
@@ -119,21 +118,22 @@ def get_login_wait(user: db.Document, network: str) -> float:
         # An age is negative if a clock was set back.
         if 0 <= (age := (now() - failure["failed_at"]).total_seconds()) < HOUR
     )
-    # From the newest to the oldest.
+    # Newest first. Each wait runs from the newest failure until its own failure expires.
     own = [age for age, source in recent if source == network]
     waits = [min(2**n - own[0], HOUR - age) for n, age in enumerate(own[FREE_LOGIN_FAILURES:])]
-    # The user was found with the sessions of this network only.
+    # find_user_by_email returns only a session of this network.
     if len(recent) == db.MAX_LOGIN_FAILURES and not user.get("refresh_tokens"):
         waits.append(HOUR - recent[-1][0])
     return max(waits, default=0)
 
 
+# An unknown email must take as long as a wrong password.
+UNKNOWN_USER = {"_id": "unknown", "password_hash": hasher.hash(secrets.token_urlsafe())}
+
+
 def authenticate(email: str, password: str, network: str) -> str | None:
-    """Return the user's id, or None if the email or password is wrong. Raises TryAgain."""
-    user = db.find_user_by_email(email, network)
-    if user is None:
-        # An unknown email must take as long as a wrong password.
-        user = {"_id": "unknown", "password_hash": DUMMY_HASH}
+    """Return the user's id, or None if the email or password is wrong. Raises TryAgain (429)."""
+    user = db.find_user_by_email(email, network) or UNKNOWN_USER
     user_id, password_hash = str(user["_id"]), str(user.get("password_hash"))
     wait = get_login_wait(user, network)
     if wait > 0:
@@ -142,7 +142,7 @@ def authenticate(email: str, password: str, network: str) -> str | None:
     try:
         hasher.verify(password_hash, password)
     except (VerificationError, InvalidHashError, UnicodeError) as error:
-        # These do not mean that the password is wrong.
+        # These messages do not mean a wrong password.
         if str(error) in ("Memory allocation error", "Threading failure"):
             raise
         db.record_failed_login(email, network, now())
@@ -154,7 +154,7 @@ def authenticate(email: str, password: str, network: str) -> str | None:
 
 
 class Claims(BaseModel, strict=True):
-    """The claims of a token (RFC 7519). exp is in seconds since 1970."""
+    """The claims of a token (RFC 7519). exp is a Unix time in seconds."""
 
     type: str
     sub: str = Field(pattern="^[0-9a-f]{24}$")
@@ -213,10 +213,10 @@ def rotate_session(refresh_token: str) -> Tokens:
     A client that got no response sends a replaced token again. Within REUSE_GRACE, it gets tokens
     of the current generation. Otherwise, the token may be stolen, and the session is revoked.
     """
-    # Even an expired token can show that a thief has refreshed the session.
+    # An expired token must be readable, because it revokes the session.
     claims = read_token("refresh", refresh_token, verify_exp=False)
-    session = db.Session(sid=claims.sid, generation=claims.generation + 1, issued_at=now())
-    if claims.exp > session["issued_at"].timestamp():
+    if claims.exp > now().timestamp():
+        session = db.Session(sid=claims.sid, generation=claims.generation + 1, issued_at=now())
         if db.advance_session(claims.sub, session):
             return create_tokens(claims.sub, session)
         stored = db.find_session(claims.sub, claims.sid)
@@ -234,7 +234,7 @@ def revoke_session(refresh_token: str) -> None:
     if session is None or not db.delete_session(claims.sub, claims.sid):
         return
     if session["generation"] > claims.generation and not is_within_grace(claims, session):
-        # Two clients have used this token: one is a thief (RFC 9700 section 4.14.2).
+        # Two clients may have used this token (RFC 9700 section 4.14.2).
         logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)
     else:
         logger.info("authn_token_revoked user=%s session=%s", claims.sub, claims.sid)
@@ -256,7 +256,7 @@ def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bear
     claims = read_token("access", token.credentials)
     try:
         user = db.find_user_by_session(claims.sub, claims.sid)
-    # The routes of another app do not convert this error.
+    # The routes of an embedding app do not convert this error.
     except db.DatabaseError as error:
         raise to_http_exception(error) from None
     if user is None:
@@ -273,7 +273,7 @@ REJECTION_DELAY = 0.5  # seconds, to slow down a flood
 hash_queue: list[str] = []  # the network of each request
 
 
-# A plain function would use a thread.
+# FastAPI would run a plain def in a thread.
 async def get_client_network(request: Request) -> str:
     """Return the client's IPv4 address or IPv6 /64 network, or "unknown"."""
     try:
@@ -289,7 +289,7 @@ ClientNetwork = Annotated[str, Depends(get_client_network)]
 
 
 async def join_hash_queue(network: ClientNetwork) -> AsyncIterator[None]:
-    """Hold a place in the queue until the route function returns. Raises TryAgain.
+    """Hold a place in the queue until the route function returns. Raises TryAgain (503).
 
     A network may take a place while it holds fewer places than are free, so that one network
     cannot fill the queue.
@@ -306,7 +306,7 @@ async def join_hash_queue(network: ClientNetwork) -> AsyncIterator[None]:
 
 async def wait_for_hash_slot() -> AsyncIterator[None]:
     """Hold one of MAX_CONCURRENT_HASHES slots until the route function returns."""
-    yield  # FastAPI waits before the call; see max_concurrency.
+    yield  # max_concurrency delays the call.
 
 
 # For routes that hash passwords. A request that waits uses no thread.

@@ -1,4 +1,4 @@
-"""MongoDB access: connection, circuit breaker, unique index and queries.
+"""Settings and MongoDB access: connection, circuit breaker, unique index and queries.
 
 A user is {_id, email, password_hash, created_at, refresh_tokens: [{sid, generation, issued_at,
 network}, ...], login_failures: [{network, failed_at}, ...]}. Times are in UTC.
@@ -34,7 +34,7 @@ def refuse_to_start(reason: str) -> NoReturn:
     sys.exit(3)
 
 
-# find_dotenv() can search the working directory instead.
+# find_dotenv() can search the working directory.
 env_files = (folder / ".env" for folder in Path(__file__).absolute().parents)
 env_file = next(filter(Path.is_file, env_files), Path(os.devnull))
 try:
@@ -57,7 +57,7 @@ Document = dict[str, Any]
 
 
 class Session(TypedDict):
-    """A session of a user. generation counts the refreshes."""
+    """A session. generation counts the refreshes; issued_at is the time of the last one."""
 
     sid: str
     generation: int
@@ -65,7 +65,7 @@ class Session(TypedDict):
 
 
 class DatabaseError(Exception):
-    """A query failed. The message is the name of MongoDB's error, without data."""
+    """A query failed. The message is the name of MongoDB's error and contains no data."""
 
 
 class DatabaseUnavailable(DatabaseError):
@@ -125,8 +125,8 @@ def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
             with memory_lock:
                 result = query(*args, **kwargs)
         except PyMongoError as error:
-            retryable = error.timeout or error.has_error_label("RetryableWriteError")
-            if not retryable and not isinstance(error, ConnectionFailure):
+            no_response = error.timeout or isinstance(error, ConnectionFailure)
+            if not no_response and not error.has_error_label("RetryableWriteError"):
                 details = getattr(error, "details", None) or {}
                 raise DatabaseError(details.get("codeName", type(error).__name__)) from None
             if not next_attempt and monotonic() - last_success > RETRY_INTERVAL:
@@ -141,7 +141,7 @@ def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
 
 @cache
 def create_index() -> None:
-    """Make emails unique. Not guarded, because create_user calls it while guarded."""
+    """Make emails unique, once. create_user calls it, so it has no @circuit_breaker."""
     users.create_index("email", unique=True)
 
 
@@ -181,9 +181,9 @@ def find_user_by_email(email: str, network: str) -> Document | None:
 @circuit_breaker
 def find_user_by_session(user_id: str, sid: str) -> Document | None:
     """Return the user's email and created_at, or None if the user or session does not exist."""
+    # Documents of other programs can lack email or created_at.
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
     user = users.find_one(query, {"email": 1, "created_at": 1})
-    # Documents of other programs can lack created_at.
     if user and not isinstance(user.get("created_at"), datetime):
         user["created_at"] = user["_id"].generation_time
     return user
@@ -198,21 +198,21 @@ def replace_password_hash(user_id: str, old_hash: str, new_hash: str) -> None:
 
 @circuit_breaker
 def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
-    """Add a failed login and keep the newest. Does nothing for an unknown email."""
-    added = {"$each": [{"network": network, "failed_at": failed_at}]}
-    change = {"$push": {"login_failures": added | {"$slice": -MAX_LOGIN_FAILURES}}}
-    # Only a registered email would wait for the journal, so it could be recognized.
+    """Add a failed login and keep the newest ones. Does nothing for an unknown email."""
+    failure = {"network": network, "failed_at": failed_at}
+    change = {"$push": {"login_failures": {"$each": [failure], "$slice": -MAX_LOGIN_FAILURES}}}
+    # Waiting for the journal would take longer and reveal a registered email.
     users.with_options(write_concern=WriteConcern(1)).update_one({"email": email}, change)
 
 
 @circuit_breaker
 def add_session(user_id: str, session: Session, network: str) -> bool:
     """Add a session and drop the failed logins of its network. Return whether the user exists."""
-    added = {"$each": [{**session, "network": network}]}
+    added = {**session, "network": network}
     # Keep the sessions that were refreshed last.
-    kept = {"$sort": {"issued_at": 1}, "$slice": -MAX_SESSIONS}
+    pushed = {"$each": [added], "$sort": {"issued_at": 1}, "$slice": -MAX_SESSIONS}
     changes = {
-        "$push": {"refresh_tokens": added | kept},
+        "$push": {"refresh_tokens": pushed},
         "$pull": {"login_failures": {"network": network}},
     }
     return users.update_one({"_id": ObjectId(user_id)}, changes).matched_count == 1
@@ -220,7 +220,7 @@ def add_session(user_id: str, session: Session, network: str) -> bool:
 
 @circuit_breaker
 def advance_session(user_id: str, session: Session) -> bool:
-    """Replace the previous generation of the session. Return whether it was stored."""
+    """Replace the session's previous generation. Return whether that was stored."""
     previous = {"sid": session["sid"], "generation": session["generation"] - 1}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
     changes = {f"refresh_tokens.$.{name}": value for name, value in session.items()}
@@ -230,8 +230,8 @@ def advance_session(user_id: str, session: Session) -> bool:
 @circuit_breaker
 def find_session(user_id: str, sid: str) -> Session | None:
     """Return the session, or None if it does not exist."""
-    session = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
-    user = users.find_one({"_id": ObjectId(user_id)} | session, session)
+    match = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
+    user = users.find_one({"_id": ObjectId(user_id)} | match, match)
     return user["refresh_tokens"][0] if user else None
 
 

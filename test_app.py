@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 PASSWORD = "MyS3cret@1"
 ADDRESS = "192.0.2.100"  # of the fixture client
 AS_JSON = {"Content-Type": "application/json"}
-DEFAULT_HASHER, DEFAULT_DUMMY_HASH = auth.hasher, auth.DUMMY_HASH
+DEFAULT_HASHER, UNKNOWN_USER = auth.hasher, auth.UNKNOWN_USER
 CHEAP_HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 
 
@@ -61,14 +61,15 @@ CHEAP_HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 @pytest.fixture(scope="session", autouse=True)
 def cheap_hasher():
     """Make hashes cheap by default, so that the tests are fast."""
-    auth.hasher, auth.DUMMY_HASH = CHEAP_HASHER, CHEAP_HASHER.hash("dummy")
+    auth.hasher = CHEAP_HASHER
+    auth.UNKNOWN_USER = UNKNOWN_USER | {"password_hash": CHEAP_HASHER.hash("unknown")}
 
 
 @pytest.fixture
 def default_hasher(monkeypatch):
     """The hasher of the service."""
     monkeypatch.setattr(auth, "hasher", DEFAULT_HASHER)
-    monkeypatch.setattr(auth, "DUMMY_HASH", DEFAULT_DUMMY_HASH)
+    monkeypatch.setattr(auth, "UNKNOWN_USER", UNKNOWN_USER)
 
 
 @pytest.fixture(scope="session")
