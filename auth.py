@@ -108,9 +108,8 @@ HOUR = 60 * 60  # seconds
 def get_login_wait(user: db.Document, network: str) -> float:
     """Return the seconds until the network may log in; 0 or less means now.
 
-    A network waits for a second after its fifth failed login and twice as long after each further
-    one. After 100 failures in total, only networks with a session may log in. A failure counts for
-    an hour.
+    From its fifth failed login within an hour, a network waits 1, 2, 4, 8 … seconds. After 100 of
+    all networks, only networks with a session may log in.
     """
     recent = sorted(
         (age, failure["network"])
