@@ -28,7 +28,7 @@ MODULES = ("app.py", "auth.py", "db.py")
 KEY = "a key for the tests, longer than 32 bytes"
 ALICE = {"email": "alice@example.com", "password": "MyS3cret@1"}
 # An empty variable hides the one in .env.
-IN_MEMORY = dict.fromkeys(["MONGO_URI", "JWT_SECRET_KEY", "CORS_ORIGINS"], "")
+IN_MEMORY = dict.fromkeys(["MONGO_URI", "MONGO_DB_NAME", "JWT_SECRET_KEY", "CORS_ORIGINS"], "")
 
 
 def find_blocks(language):
