@@ -65,7 +65,7 @@ class Error(BaseModel):
 
 
 class AuthRoute(APIRoute):
-    """A route that omits input from a 422, converts errors and forbids caching of a success."""
+    """A route that removes input from a 422, converts errors and forbids caching on success."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         original_handler = super().get_route_handler()
@@ -74,10 +74,10 @@ class AuthRoute(APIRoute):
             try:
                 response = await original_handler(request)
             except RequestValidationError as error:
-                # Omit the input: it can be a password.
+                # The input can be a password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise RequestValidationError(errors) from None
-            # RuntimeError: no thread could be started.
+            # A RuntimeError can mean that no thread could be started.
             except (db.DatabaseError, Argon2Error, RuntimeError) as error:
                 raise auth.to_http_exception(error) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1

@@ -108,8 +108,8 @@ HOUR = 60 * 60  # seconds
 def get_login_wait(user: db.Document, network: str) -> float:
     """Return the seconds until the network may log in; 0 or less means now.
 
-    From its fifth failed login within an hour, a network waits 1, 2, 4, 8 … seconds. After 100 of
-    all networks, only networks with a session may log in.
+    From its fifth failed login within an hour, a network waits 1, 2, 4, 8 … seconds. After 100
+    from all networks, only networks with a session may log in.
     """
     recent = sorted(
         (age, failure["network"])
@@ -181,7 +181,7 @@ def create_tokens(user_id: str, session: db.Session) -> Tokens:
 
 
 def read_token(token_type: str, token: str, verify_exp: bool = True) -> Claims:
-    """Return the claims of a valid token of this type. Raises InvalidToken (RFC 8725)."""
+    """Return the claims of a valid HS256 token of this type (RFC 8725). Raises InvalidToken."""
     try:
         payload = jwt.decode(token, SECRET_KEY, ["HS256"], {"verify_exp": verify_exp})
         claims = Claims.model_validate(payload)

@@ -34,7 +34,7 @@ def refuse_to_start(reason: str) -> NoReturn:
     sys.exit(3)
 
 
-# find_dotenv() can search the working directory.
+# find_dotenv() sometimes searches the working directory instead.
 env_files = (folder / ".env" for folder in Path(__file__).absolute().parents)
 env_file = next(filter(Path.is_file, env_files), Path(os.devnull))
 try:
@@ -141,7 +141,7 @@ def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
 
 @cache
 def create_index() -> None:
-    """Make emails unique, once. create_user calls it, so it has no @circuit_breaker."""
+    """Create the unique index, once. The callers apply the circuit breaker."""
     users.create_index("email", unique=True)
 
 
@@ -220,7 +220,7 @@ def add_session(user_id: str, session: Session, network: str) -> bool:
 
 @circuit_breaker
 def advance_session(user_id: str, session: Session) -> bool:
-    """Replace the session's previous generation. Return whether that was stored."""
+    """Replace the previous generation of the session. Return whether that one was stored."""
     previous = {"sid": session["sid"], "generation": session["generation"] - 1}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
     changes = {f"refresh_tokens.$.{name}": value for name, value in session.items()}
