@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import uvicorn
-from argon2.exceptions import Argon2Error
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -64,6 +63,9 @@ class Error(BaseModel):
     detail: str
 
 
+JSON_ERROR: dict[str, Any] = {"model": Error}  # for the OpenAPI document
+
+
 class AuthRoute(APIRoute):
     """A route that removes input from a 422, converts errors and forbids caching on success."""
 
@@ -72,23 +74,16 @@ class AuthRoute(APIRoute):
 
         async def route_handler(request: Request) -> Response:
             try:
-                response = await original_handler(request)
+                with auth.convert_errors():
+                    response = await original_handler(request)
             except RequestValidationError as error:
                 # The input can be a password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise RequestValidationError(errors) from None
-            # A RuntimeError can mean that no thread could be started.
-            except (db.DatabaseError, Argon2Error, RuntimeError) as error:
-                raise auth.to_http_exception(error) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
             return response
 
         return route_handler
-
-
-def document_errors(*status_codes: int) -> dict[int | str, dict[str, Any]]:
-    """Return the error responses for the OpenAPI document."""
-    return {status_code: {"model": Error} for status_code in status_codes}
 
 
 @asynccontextmanager
@@ -108,7 +103,7 @@ router = APIRouter(
     lifespan=lifespan,
     max_body_size=8 * 1024,  # bytes
     generate_unique_id_function=lambda route: route.name,
-    responses=document_errors(503) | {413: {}},  # a 413 can be plain text
+    responses={413: {}, 503: JSON_ERROR},  # a 413 can be plain text
 )
 
 
@@ -116,7 +111,7 @@ router = APIRouter(
     "/register",
     status_code=201,
     dependencies=auth.LIMIT_HASHING,
-    responses=document_errors(400, 409),
+    responses={400: JSON_ERROR, 409: JSON_ERROR},
 )
 def register(credentials: NewCredentials, network: auth.ClientNetwork) -> auth.Tokens:
     """Create a user and start their first session."""
@@ -129,7 +124,11 @@ def register(credentials: NewCredentials, network: auth.ClientNetwork) -> auth.T
     return auth.create_tokens(user_id, session)
 
 
-@router.post("/login", dependencies=auth.LIMIT_HASHING, responses=document_errors(400, 401, 429))
+@router.post(
+    "/login",
+    dependencies=auth.LIMIT_HASHING,
+    responses={400: JSON_ERROR, 401: JSON_ERROR, 429: JSON_ERROR},
+)
 def login(credentials: Credentials, network: auth.ClientNetwork) -> auth.Tokens:
     """Start a session."""
     user_id = auth.authenticate(credentials.email, credentials.password, network)
@@ -142,23 +141,24 @@ def login(credentials: Credentials, network: auth.ClientNetwork) -> auth.Tokens:
     return auth.create_tokens(user_id, session)
 
 
-@router.get("/me", response_model=auth.User, responses=document_errors(401))
+@router.get("/me", response_model=auth.User, responses={401: JSON_ERROR})
 def me(user: auth.CurrentUser) -> Response:
     """Return the current user."""
     # FastAPI would validate a returned User again, in another thread.
     return Response(user.model_dump_json(), media_type="application/json")
 
 
-@router.post("/refresh", responses=document_errors(400, 401))
+@router.post("/refresh", responses={400: JSON_ERROR, 401: JSON_ERROR})
 def refresh(body: RefreshToken) -> auth.Tokens:
     """Exchange a refresh token for a new pair of tokens."""
     return auth.rotate_session(body.refresh_token)
 
 
-@router.post("/logout", status_code=204, responses=document_errors(400, 401))
+@router.post("/logout", status_code=204, responses={400: JSON_ERROR, 401: JSON_ERROR})
 def logout(body: RefreshToken) -> Response:
     """End a session."""
-    auth.revoke_session(body.refresh_token)
+    claims = auth.read_token("refresh", body.refresh_token, verify_exp=False)
+    auth.revoke_session(claims)
     return Response(status_code=204)
 
 
@@ -166,14 +166,14 @@ app = FastAPI(title="auth-jwt")
 app.include_router(router)
 
 if CORS_ORIGINS := os.getenv("CORS_ORIGINS"):
-    origins = [origin.strip() for origin in CORS_ORIGINS.split(",")]
-    if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", o) for o in origins):
+    origins = CORS_ORIGINS.replace(" ", "").split(",")
+    if not all(re.fullmatch(r"[a-z-]+://[a-z0-9._:\[\]-]+", o) for o in origins):
         db.refuse_to_start("CORS_ORIGINS must list origins such as http://localhost:5173.")
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
+        allow_headers=["Authorization"],
         expose_headers=["Retry-After", "WWW-Authenticate"],
     )
 

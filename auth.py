@@ -8,7 +8,8 @@ import os
 import re
 import secrets
 import unicodedata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError, VerificationError
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from pydantic_core import PydanticCustomError
 
 import db
@@ -63,23 +64,23 @@ class InvalidToken(HTTPException):
         super().__init__(401, "The token is invalid, has expired or was revoked", challenge)
 
 
-class TryAgain(HTTPException):
-    """An error response with Retry-After."""
-
-    def __init__(self, status_code: int, detail: str, seconds: int) -> None:
-        super().__init__(status_code, detail, {"Retry-After": str(seconds)})
-
-
-def to_http_exception(error: Exception) -> Exception:
-    """Return a 503 if a retry can succeed, a 500 for other database errors, else the error."""
-    if isinstance(error, db.DatabaseUnavailable):
-        return TryAgain(503, "The database is unavailable; try again", seconds=2)
-    logger.error("%s: %s", type(error).__name__, error)
-    if isinstance(error, db.DatabaseError):
-        return HTTPException(500, "Internal server error")
-    if isinstance(error, Argon2Error) or str(error) == "can't start new thread":
-        return TryAgain(503, "The service is overloaded; try again", seconds=2)
-    return error
+@contextmanager
+def convert_errors() -> Iterator[None]:
+    """Convert errors to a 503 if a retry can succeed, and other database errors to a 500."""
+    try:
+        yield
+        return
+    except db.DatabaseUnavailable:
+        detail = "The database is unavailable; try again"
+    except db.DatabaseError as error:
+        logger.error("MongoDB returned an error: %s", error)
+        raise HTTPException(500, "Internal server error") from None
+    except (Argon2Error, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and str(error) != "can't start new thread":
+            raise
+        logger.error("The service is overloaded: %s", error)
+        detail = "The service is overloaded; try again"
+    raise HTTPException(503, detail, {"Retry-After": "2"})
 
 
 # The defaults: Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
@@ -101,7 +102,7 @@ def check_password_strength(password: str) -> str:
     return password
 
 
-FREE_LOGIN_FAILURES = 4  # the next one causes a wait
+FREE_LOGIN_FAILURES = 4
 HOUR = 60 * 60  # seconds
 
 
@@ -131,13 +132,14 @@ UNKNOWN_USER = {"_id": "unknown", "password_hash": hasher.hash(secrets.token_url
 
 
 def authenticate(email: str, password: str, network: str) -> str | None:
-    """Return the user's id, or None if the email or password is wrong. Raises TryAgain (429)."""
+    """Return the user's id, or None if the email or password is wrong. Raises a 429."""
     user = db.find_user_by_email(email, network) or UNKNOWN_USER
     user_id, password_hash = str(user["_id"]), str(user.get("password_hash"))
     wait = get_login_wait(user, network)
     if wait > 0:
         logger.warning("authn_login_lock user=%s network=%s", user_id, network)
-        raise TryAgain(429, "Too many failed logins; try again later", math.ceil(wait))
+        retry_after = {"Retry-After": str(math.ceil(wait))}
+        raise HTTPException(429, "Too many failed logins; try again later", retry_after)
     try:
         hasher.verify(password_hash, password)
     except (VerificationError, InvalidHashError, UnicodeError) as error:
@@ -182,17 +184,15 @@ def create_tokens(user_id: str, session: db.Session) -> Tokens:
 
 def read_token(token_type: str, token: str, verify_exp: bool = True) -> Claims:
     """Return the claims of a valid HS256 token of this type (RFC 8725). Raises InvalidToken."""
-    try:
+    with suppress(jwt.InvalidTokenError, ValueError):
         payload = jwt.decode(token, SECRET_KEY, ["HS256"], {"verify_exp": verify_exp})
         claims = Claims.model_validate(payload)
-    except (jwt.InvalidTokenError, ValidationError, UnicodeError):
-        raise InvalidToken from None
-    if claims.type != token_type:
-        raise InvalidToken
-    return claims
+        if claims.type == token_type:
+            return claims
+    raise InvalidToken
 
 
-REUSE_GRACE = timedelta(seconds=60)  # for a client that lost a response
+REUSE_GRACE = timedelta(seconds=60)
 
 
 def create_session() -> db.Session:
@@ -209,29 +209,28 @@ def is_within_grace(claims: Claims, session: db.Session) -> bool:
 def rotate_session(refresh_token: str) -> Tokens:
     """Return the tokens of the next generation. Raises InvalidToken.
 
-    A client that got no response sends a replaced token again. Within REUSE_GRACE, it gets tokens
-    of the current generation. Otherwise, the token may be stolen, and the session is revoked.
+    A client that lost a response can repeat its token within REUSE_GRACE. Any other replaced or
+    expired token may be stolen and revokes the session.
     """
-    # An expired token must be readable, because it revokes the session.
     claims = read_token("refresh", refresh_token, verify_exp=False)
     if claims.exp > now().timestamp():
         session = db.Session(sid=claims.sid, generation=claims.generation + 1, issued_at=now())
         if db.advance_session(claims.sub, session):
             return create_tokens(claims.sub, session)
-        stored = db.find_session(claims.sub, claims.sid)
-        if stored and is_within_grace(claims, stored):
+        user = db.find_user_by_session(claims.sub, claims.sid)
+        if user and is_within_grace(claims, user["refresh_tokens"][0]):
             logger.info("authn_token_reuse_in_grace user=%s session=%s", claims.sub, claims.sid)
-            return create_tokens(claims.sub, stored)
-    revoke_session(refresh_token)
+            return create_tokens(claims.sub, user["refresh_tokens"][0])
+    revoke_session(claims)
     raise InvalidToken
 
 
-def revoke_session(refresh_token: str) -> None:
-    """Delete the session of a refresh token, even an expired one. Raises InvalidToken."""
-    claims = read_token("refresh", refresh_token, verify_exp=False)
-    session = db.find_session(claims.sub, claims.sid)
-    if session is None or not db.delete_session(claims.sub, claims.sid):
+def revoke_session(claims: Claims) -> None:
+    """Delete the session of a refresh token, if it still exists."""
+    user = db.find_user_by_session(claims.sub, claims.sid)
+    if user is None or not db.delete_session(claims.sub, claims.sid):
         return
+    session = user["refresh_tokens"][0]
     if session["generation"] > claims.generation and not is_within_grace(claims, session):
         # Two clients may have used this token (RFC 9700 section 4.14.2).
         logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)
@@ -253,11 +252,9 @@ bearer = HTTPBearer(description="Paste an access_token.")
 def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bearer)]) -> User:
     """Return the user of the access token in the header. Raises InvalidToken."""
     claims = read_token("access", token.credentials)
-    try:
+    # The routes of an embedding app do not convert errors.
+    with convert_errors():
         user = db.find_user_by_session(claims.sub, claims.sid)
-    # The routes of an embedding app do not convert this error.
-    except db.DatabaseError as error:
-        raise to_http_exception(error) from None
     if user is None:
         raise InvalidToken
     return User(id=claims.sub, email=user["email"], created_at=user["created_at"])
@@ -267,17 +264,16 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 MAX_CONCURRENT_HASHES = 2
-HASH_QUEUE_SIZE = 16  # including running hashes
+HASH_QUEUE_SIZE = 16
 REJECTION_DELAY = 0.5  # seconds, to slow down a flood
 hash_queue: list[str] = []  # the network of each request
 
 
-# FastAPI would run a plain def in a thread.
 async def get_client_network(request: Request) -> str:
     """Return the client's IPv4 address or IPv6 /64 network, or "unknown"."""
     try:
         address = ipaddress.ip_address(request.client.host if request.client else "")
-    except ValueError:  # for example from a forged X-Forwarded-For header
+    except ValueError:  # X-Forwarded-For can be forged.
         return "unknown"
     if isinstance(address, ipaddress.IPv6Address):
         address = address.ipv4_mapped or ipaddress.IPv6Address(int(address) >> 64 << 64)
@@ -288,14 +284,14 @@ ClientNetwork = Annotated[str, Depends(get_client_network)]
 
 
 async def join_hash_queue(network: ClientNetwork) -> AsyncIterator[None]:
-    """Hold a place in the queue until the route function returns. Raises TryAgain (503).
+    """Hold a place in the queue until the route function returns. Raises a 503.
 
     A network may take a place while it holds fewer places than are free, so that one network
     cannot fill the queue.
     """
     if hash_queue.count(network) >= HASH_QUEUE_SIZE - len(hash_queue):
         await asyncio.sleep(REJECTION_DELAY)
-        raise TryAgain(503, "Too many requests at once; try again", seconds=1)
+        raise HTTPException(503, "Too many requests at once; try again", {"Retry-After": "1"})
     hash_queue.append(network)
     try:
         yield
@@ -308,7 +304,7 @@ async def wait_for_hash_slot() -> AsyncIterator[None]:
     yield  # max_concurrency delays the call.
 
 
-# For routes that hash passwords. A request that waits uses no thread.
+# For routes that hash passwords. Waiting requests use no thread.
 LIMIT_HASHING = [
     Depends(join_hash_queue, scope="function"),
     Depends(wait_for_hash_slot, scope="function", max_concurrency=MAX_CONCURRENT_HASHES),

@@ -1,7 +1,7 @@
-"""Settings and MongoDB access: connection, circuit breaker, unique index and queries.
+"""Settings, MongoDB connection, circuit breaker and queries.
 
 A user is {_id, email, password_hash, created_at, refresh_tokens: [{sid, generation, issued_at,
-network}, ...], login_failures: [{network, failed_at}, ...]}. Times are in UTC.
+network}], login_failures: [{network, failed_at}]}. Times are in UTC.
 """
 
 import logging
@@ -9,17 +9,17 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from time import monotonic
-from typing import Any, NoReturn, ParamSpec, TypedDict, TypeVar
+from typing import Any, NoReturn, TypedDict
 
 import mongomock
 from bson import ObjectId
-from dotenv import load_dotenv
+from dotenv import find_dotenv, load_dotenv
 from dotenv.parser import parse_stream
 from pymongo import MongoClient, WriteConcern
 from pymongo.collection import Collection
@@ -34,9 +34,7 @@ def refuse_to_start(reason: str) -> NoReturn:
     sys.exit(3)
 
 
-# find_dotenv() sometimes searches the working directory instead.
-env_files = (folder / ".env" for folder in Path(__file__).absolute().parents)
-env_file = next(filter(Path.is_file, env_files), Path(os.devnull))
+env_file = Path(find_dotenv() or os.devnull)
 try:
     with env_file.open(encoding="utf-8-sig") as lines:
         # load_dotenv() only warns about a malformed line.
@@ -48,7 +46,7 @@ except (OSError, ValueError):
 
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
-TIMEOUT_MS = 2500  # per operation, including server selection and retries
+TIMEOUT_MS = 2500  # per operation, including retries
 RETRY_INTERVAL = 1.0  # seconds between attempts while the circuit breaker is open
 MAX_SESSIONS = 20
 MAX_LOGIN_FAILURES = 100
@@ -65,78 +63,62 @@ class Session(TypedDict):
 
 
 class DatabaseError(Exception):
-    """A query failed. The message is the name of MongoDB's error and contains no data."""
+    """A query failed. The message is only the name of MongoDB's error."""
 
 
 class DatabaseUnavailable(DatabaseError):
     """MongoDB did not respond. A retry may succeed."""
 
 
-def get_collection(uri: str) -> Collection[Document]:
-    """Return the users collection. The first query opens the connection."""
+users: Collection[Document] = mongomock.MongoClient(tz_aware=True).db.users
+if MONGO_URI:
     try:
-        if not uri.startswith(("mongodb://", "mongodb+srv://")):
+        if "://" not in MONGO_URI:
             raise ValueError
         # PyMongo only warns about a misspelled option.
         with warnings.catch_warnings(action="error"):
             # The keyword arguments take precedence over options in the URI.
-            client = MongoClient[Document](
-                uri,
+            users = MongoClient[Document](
+                MONGO_URI,
                 connect=False,
                 tz_aware=True,
                 timeoutMS=TIMEOUT_MS,
                 w="majority",
                 journal=True,
                 readPreference="primary",
-            )
-        return client[MONGO_DB_NAME]["users"]
+            )[MONGO_DB_NAME]["users"]
     # These errors can quote the password.
     except (PyMongoError, OSError, ValueError, Warning):
         refuse_to_start("MONGO_URI or MONGO_DB_NAME is malformed; see README.md.")
-
-
-users = get_collection(MONGO_URI) if MONGO_URI else mongomock.MongoClient(tz_aware=True).db.users
 # The operations of mongomock are not atomic.
 memory_lock = nullcontext() if MONGO_URI else threading.Lock()
 
-
-P = ParamSpec("P")
-Result = TypeVar("Result")
 
 last_success = 0.0  # monotonic time
 next_attempt = 0.0  # monotonic time; 0.0 while the circuit breaker is closed
 
 
-def circuit_breaker(query: Callable[P, Result]) -> Callable[P, Result]:
-    """Make a query fail at once during an outage, and convert its errors.
-
-    The breaker opens when a query gets no response and no query has succeeded for RETRY_INTERVAL.
-    Then one query per RETRY_INTERVAL is tried, until one succeeds.
-    """
-
-    @wraps(query)
-    def guarded_query(*args: P.args, **kwargs: P.kwargs) -> Result:
-        global last_success, next_attempt
-        if monotonic() < next_attempt:
-            raise DatabaseUnavailable
-        if next_attempt:
+@contextmanager
+def circuit_breaker() -> Iterator[None]:
+    """Convert the errors of a query. During an outage, try only one query per RETRY_INTERVAL."""
+    global last_success, next_attempt
+    if monotonic() < next_attempt:
+        raise DatabaseUnavailable
+    if next_attempt:
+        next_attempt = monotonic() + RETRY_INTERVAL
+    try:
+        with memory_lock:
+            yield
+    except PyMongoError as error:
+        no_response = error.timeout or isinstance(error, ConnectionFailure)
+        if not no_response and not error.has_error_label("RetryableWriteError"):
+            details = getattr(error, "details", None) or {}
+            raise DatabaseError(details.get("codeName", type(error).__name__)) from None
+        if not next_attempt and monotonic() - last_success > RETRY_INTERVAL:
             next_attempt = monotonic() + RETRY_INTERVAL
-        try:
-            with memory_lock:
-                result = query(*args, **kwargs)
-        except PyMongoError as error:
-            no_response = error.timeout or isinstance(error, ConnectionFailure)
-            if not no_response and not error.has_error_label("RetryableWriteError"):
-                details = getattr(error, "details", None) or {}
-                raise DatabaseError(details.get("codeName", type(error).__name__)) from None
-            if not next_attempt and monotonic() - last_success > RETRY_INTERVAL:
-                next_attempt = monotonic() + RETRY_INTERVAL
-                logger.error("MongoDB does not respond. Is it running, and is MONGO_URI correct?")
-            raise DatabaseUnavailable from None
-        last_success, next_attempt = monotonic(), 0.0
-        return result
-
-    return guarded_query
+            logger.error("MongoDB does not respond. Is it running, and is MONGO_URI correct?")
+        raise DatabaseUnavailable from None
+    last_success, next_attempt = monotonic(), 0.0
 
 
 @cache
@@ -148,14 +130,15 @@ def create_index() -> None:
 def prepare_collection() -> None:
     """Create the index, or leave that to create_user if MongoDB does not respond."""
     try:
-        circuit_breaker(create_index)()
+        with circuit_breaker():
+            create_index()
     except DatabaseUnavailable:
         pass
     except DatabaseError as error:
         refuse_to_start(f"MongoDB at MONGO_URI is not usable ({error}); see README.md.")
 
 
-@circuit_breaker
+@circuit_breaker()
 def create_user(email: str, password_hash: str, session: Session, network: str) -> str | None:
     """Store a user and a session. Return the user's id, or None if the email is taken."""
     create_index()
@@ -171,32 +154,33 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
         return None
 
 
-@circuit_breaker
+@circuit_breaker()
 def find_user_by_email(email: str, network: str) -> Document | None:
     """Return the user's password hash, failed logins and a session from the network, or None."""
     session = {"refresh_tokens": {"$elemMatch": {"network": network}}}
     return users.find_one({"email": email}, {"password_hash": 1, "login_failures": 1} | session)
 
 
-@circuit_breaker
+@circuit_breaker()
 def find_user_by_session(user_id: str, sid: str) -> Document | None:
-    """Return the user's email and created_at, or None if the user or session does not exist."""
+    """Return the user's email, created_at and this session, or None if one does not exist."""
+    session = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
     # Documents of other programs can lack email or created_at.
-    query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
-    user = users.find_one(query, {"email": 1, "created_at": 1})
+    query = {"_id": ObjectId(user_id), "email": {"$type": "string"}} | session
+    user = users.find_one(query, {"email": 1, "created_at": 1} | session)
     if user and not isinstance(user.get("created_at"), datetime):
         user["created_at"] = user["_id"].generation_time
     return user
 
 
-@circuit_breaker
+@circuit_breaker()
 def replace_password_hash(user_id: str, old_hash: str, new_hash: str) -> None:
     """Replace the password hash if it is still the old one."""
     query = {"_id": ObjectId(user_id), "password_hash": old_hash}
     users.update_one(query, {"$set": {"password_hash": new_hash}})
 
 
-@circuit_breaker
+@circuit_breaker()
 def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     """Add a failed login and keep the newest ones. Does nothing for an unknown email."""
     failure = {"network": network, "failed_at": failed_at}
@@ -205,20 +189,17 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     users.with_options(write_concern=WriteConcern(1)).update_one({"email": email}, change)
 
 
-@circuit_breaker
+@circuit_breaker()
 def add_session(user_id: str, session: Session, network: str) -> bool:
     """Add a session and drop the failed logins of its network. Return whether the user exists."""
     added = {**session, "network": network}
     # Keep the sessions that were refreshed last.
-    pushed = {"$each": [added], "$sort": {"issued_at": 1}, "$slice": -MAX_SESSIONS}
-    changes = {
-        "$push": {"refresh_tokens": pushed},
-        "$pull": {"login_failures": {"network": network}},
-    }
-    return users.update_one({"_id": ObjectId(user_id)}, changes).matched_count == 1
+    push = {"$each": [added], "$sort": {"issued_at": 1}, "$slice": -MAX_SESSIONS}
+    change = {"$push": {"refresh_tokens": push}, "$pull": {"login_failures": {"network": network}}}
+    return users.update_one({"_id": ObjectId(user_id)}, change).matched_count == 1
 
 
-@circuit_breaker
+@circuit_breaker()
 def advance_session(user_id: str, session: Session) -> bool:
     """Replace the previous generation of the session. Return whether that one was stored."""
     previous = {"sid": session["sid"], "generation": session["generation"] - 1}
@@ -227,15 +208,7 @@ def advance_session(user_id: str, session: Session) -> bool:
     return users.update_one(query, {"$set": changes}).matched_count == 1
 
 
-@circuit_breaker
-def find_session(user_id: str, sid: str) -> Session | None:
-    """Return the session, or None if it does not exist."""
-    match = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
-    user = users.find_one({"_id": ObjectId(user_id)} | match, match)
-    return user["refresh_tokens"][0] if user else None
-
-
-@circuit_breaker
+@circuit_breaker()
 def delete_session(user_id: str, sid: str) -> bool:
     """Delete the session. Return whether it existed."""
     removal = {"$pull": {"refresh_tokens": {"sid": sid}}}
