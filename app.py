@@ -22,7 +22,7 @@ logger = logging.getLogger("auth_jwt")
 
 
 def to_nfc(value: object) -> object:
-    """Return text in Unicode NFC (RFC 8265), and any other value unchanged."""
+    """Return text in Unicode NFC (RFC 8265), other values unchanged."""
     return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
 
 
@@ -63,11 +63,11 @@ class Error(BaseModel):
     detail: str
 
 
-JSON_ERROR: dict[str, Any] = {"model": Error}  # for the OpenAPI document
+JSON_ERROR: dict[str, Any] = {"model": Error}  # for OpenAPI
 
 
 class AuthRoute(APIRoute):
-    """A route that removes input from a 422, converts errors and forbids caching on success."""
+    """A route that removes input from a 422, converts errors and forbids caching."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         original_handler = super().get_route_handler()
@@ -181,4 +181,4 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # A failure in the lifespan would also print a traceback.
     db.prepare_collection()
-    uvicorn.run(app, host="127.0.0.1", port=5000)
+    uvicorn.run(app, port=5000)

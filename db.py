@@ -163,11 +163,10 @@ def find_user_by_email(email: str, network: str) -> Document | None:
 
 @circuit_breaker()
 def find_user_by_session(user_id: str, sid: str) -> Document | None:
-    """Return the user's email, created_at and this session, or None if one does not exist."""
-    session = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
+    """Return the user's email and created_at, or None if the user or session does not exist."""
     # Documents of other programs can lack email or created_at.
-    query = {"_id": ObjectId(user_id), "email": {"$type": "string"}} | session
-    user = users.find_one(query, {"email": 1, "created_at": 1} | session)
+    query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
+    user = users.find_one(query, {"email": 1, "created_at": 1})
     if user and not isinstance(user.get("created_at"), datetime):
         user["created_at"] = user["_id"].generation_time
     return user
@@ -206,6 +205,14 @@ def advance_session(user_id: str, session: Session) -> bool:
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
     changes = {f"refresh_tokens.$.{name}": value for name, value in session.items()}
     return users.update_one(query, {"$set": changes}).matched_count == 1
+
+
+@circuit_breaker()
+def find_session(user_id: str, sid: str) -> Session | None:
+    """Return the session, or None if it does not exist."""
+    match = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
+    user = users.find_one({"_id": ObjectId(user_id)} | match, match)
+    return user["refresh_tokens"][0] if user else None
 
 
 @circuit_breaker()

@@ -1545,6 +1545,7 @@ def test_an_open_breaker_allows_one_attempt_per_second(client, tokens, events, m
         db.record_failed_login,
         db.add_session,
         db.advance_session,
+        db.find_session,
         db.delete_session,
     ],
 )
@@ -2083,7 +2084,8 @@ def test_python_app_py_serves_on_port_5000_and_shows_security_events(monkeypatch
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: served.append(options))
     monkeypatch.setattr(logging, "basicConfig", lambda **options: configured.append(options))
     runpy.run_path(str(HERE / "app.py"), run_name="__main__")
-    assert served == [{"host": "127.0.0.1", "port": 5000}]
+    server = uvicorn.Config(app.app, **served[0], log_config=None)
+    assert (server.host, server.port) == ("127.0.0.1", 5000)
     assert configured[0]["level"] == logging.INFO
     assert {"%(asctime)s", "%(levelname)s", "%(message)s"} == set(configured[0]["format"].split())
     assert capsys.readouterr().out == ""
