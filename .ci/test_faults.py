@@ -393,16 +393,17 @@ def test_without_memory_for_a_hash_logins_and_registrations_are_503(mongod, serv
         assert {login.result().status for login in logins} == {503}
     assert service.register(new_email()).status == 503
     resource.prlimit(process, resource.RLIMIT_AS, old_limit)
-    wait_until(lambda: service.log.count("VerificationError: ") == 9, 3)
+    wait_until(lambda: service.log.count("The service is overloaded: ") == 10, 3)
     with pymongo.MongoClient(mongod.uri) as client:
         assert "login_failures" not in client.faults.users.find_one({"email": email})
     assert service.login(email).status == 200
 
 
-def test_a_permanent_error_is_500(restricted_mongod):
+def test_a_permanent_error_is_500(restricted_mongod, request):
     server, admin = restricted_mongod
     admin.faults.command("createUser", "writer", pwd="s3cret", roles=["readWrite"])
     service = Service(f"mongodb://writer:s3cret@127.0.0.1:{server.port}/faults")
+    request.addfinalizer(service.process.kill)
     email, other_email = new_email(), new_email()
     tokens = service.register(email).body
     service.register(other_email)
@@ -414,8 +415,8 @@ def test_a_permanent_error_is_500(restricted_mongod):
     assert service.register(new_email()).status == 500
     assert service.me(tokens["access_token"]).status == 200
     log = service.log
-    assert "DatabaseError: WriteError" in log
-    assert "DatabaseError: Unauthorized" in log
+    assert "MongoDB returned an error: WriteError" in log
+    assert "MongoDB returned an error: Unauthorized" in log
     assert "does not respond" not in log
     assert email not in log
     service.stop()
