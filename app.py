@@ -1,4 +1,4 @@
-"""The HTTP interface: models, routes and the application."""
+"""HTTP interface: models, routes and the application."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ logger = logging.getLogger("auth_jwt")
 
 
 def to_nfc(value: object) -> object:
-    """Return text in Unicode NFC (RFC 8265), other values unchanged."""
+    """Return text in Unicode NFC (RFC 8265), and other values unchanged."""
     return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
 
 
@@ -63,11 +63,11 @@ class Error(BaseModel):
     detail: str
 
 
-JSON_ERROR: dict[str, Any] = {"model": Error}  # for OpenAPI
+JSON_ERROR: dict[str, Any] = {"model": Error}
 
 
 class AuthRoute(APIRoute):
-    """A route that removes input from a 422, converts errors and forbids caching."""
+    """A route that removes input from a 422, converts errors and forbids caching on success."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         original_handler = super().get_route_handler()
@@ -77,7 +77,7 @@ class AuthRoute(APIRoute):
                 with auth.convert_errors():
                     response = await original_handler(request)
             except RequestValidationError as error:
-                # The input can be a password.
+                # It may contain a password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise RequestValidationError(errors) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
@@ -144,7 +144,7 @@ def login(credentials: Credentials, network: auth.ClientNetwork) -> auth.Tokens:
 @router.get("/me", response_model=auth.User, responses={401: JSON_ERROR})
 def me(user: auth.CurrentUser) -> Response:
     """Return the current user."""
-    # FastAPI would validate a returned User again, in another thread.
+    # Avoids a second validation in another thread.
     return Response(user.model_dump_json(), media_type="application/json")
 
 
@@ -168,7 +168,7 @@ app.include_router(router)
 if CORS_ORIGINS := os.getenv("CORS_ORIGINS"):
     origins = CORS_ORIGINS.replace(" ", "").split(",")
     if not all(re.fullmatch(r"[a-z-]+://[a-z0-9._:\[\]-]+", o) for o in origins):
-        db.refuse_to_start("CORS_ORIGINS must list origins such as http://localhost:5173.")
+        db.abort_startup("CORS_ORIGINS must list origins such as http://localhost:5173.")
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,

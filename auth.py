@@ -9,7 +9,7 @@ import re
 import secrets
 import unicodedata
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
@@ -28,20 +28,20 @@ logger = logging.getLogger("auth_jwt")
 
 SECRET_KEY = os.fsencode(os.getenv("JWT_SECRET_KEY", ""))
 if bool(SECRET_KEY) != bool(db.MONGO_URI):
-    db.refuse_to_start("Set both JWT_SECRET_KEY and MONGO_URI, or neither.")
+    db.abort_startup("Set both JWT_SECRET_KEY and MONGO_URI, or neither.")
 SECRET_KEY = SECRET_KEY or secrets.token_bytes(32)
 try:
     # PyJWT checks a key when it signs.
     jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, SECRET_KEY, "HS256")
 except jwt.InvalidKeyError:
-    db.refuse_to_start("JWT_SECRET_KEY must be at least 32 random bytes; see .env.example.")
+    db.abort_startup("JWT_SECRET_KEY must be at least 32 random bytes; see .env.example.")
 
 
 def read_lifetime(name: str, default: str) -> int:
     """Return the setting as a positive whole number."""
     value = os.getenv(name) or default
     if not re.fullmatch("[1-9][0-9]{0,5}", value):
-        db.refuse_to_start(f"{name} must be a whole number from 1 to 999999.")
+        db.abort_startup(f"{name} must be a whole number from 1 to 999999.")
     return int(value)
 
 
@@ -102,7 +102,7 @@ def check_password_strength(password: str) -> str:
     return password
 
 
-FREE_LOGIN_FAILURES = 4
+FREE_FAILURES = 4
 HOUR = 60 * 60  # seconds
 
 
@@ -118,9 +118,9 @@ def get_login_wait(user: db.Document, network: str) -> float:
         # An age is negative if a clock was set back.
         if 0 <= (age := (now() - failure["failed_at"]).total_seconds()) < HOUR
     )
-    # Newest first. Each wait runs from the newest failure until its own failure expires.
+    # Newest first. Wait n ends 2**n s after own[0], or when its failure expires.
     own = [age for age, source in recent if source == network]
-    waits = [min(2**n - own[0], HOUR - age) for n, age in enumerate(own[FREE_LOGIN_FAILURES:])]
+    waits = [min(2**n - own[0], HOUR - age) for n, age in enumerate(own[FREE_FAILURES:])]
     # find_user_by_email returns only a session of this network.
     if len(recent) == db.MAX_LOGIN_FAILURES and not user.get("refresh_tokens"):
         waits.append(HOUR - recent[-1][0])
@@ -143,7 +143,7 @@ def authenticate(email: str, password: str, network: str) -> str | None:
     try:
         hasher.verify(password_hash, password)
     except (VerificationError, ValueError) as error:
-        # Argon2 got no memory or no thread.
+        # Argon2 lacked memory or a thread.
         if str(error) in ("Memory allocation error", "Threading failure"):
             raise
         db.record_failed_login(email, network, now())
@@ -184,12 +184,14 @@ def create_tokens(user_id: str, session: db.Session) -> Tokens:
 
 def read_token(token_type: str, token: str, verify_exp: bool = True) -> Claims:
     """Return the claims of a valid HS256 token of this type (RFC 8725). Raises InvalidToken."""
-    with suppress(jwt.InvalidTokenError, ValueError):
+    try:
         payload = jwt.decode(token, SECRET_KEY, ["HS256"], {"verify_exp": verify_exp})
         claims = Claims.model_validate(payload)
-        if claims.type == token_type:
-            return claims
-    raise InvalidToken
+    except (jwt.InvalidTokenError, ValueError):
+        raise InvalidToken from None
+    if claims.type != token_type:
+        raise InvalidToken
+    return claims
 
 
 REUSE_GRACE = timedelta(seconds=60)
@@ -200,11 +202,10 @@ def create_session() -> db.Session:
     return db.Session(sid=secrets.token_hex(16), generation=0, issued_at=now())
 
 
-def is_reused(claims: Claims, session: db.Session) -> bool:
-    """Return whether two clients may have used the token (RFC 9700 section 4.14.2)."""
-    if session["generation"] == claims.generation + 1:
-        return now() - session["issued_at"] >= REUSE_GRACE
-    return session["generation"] != claims.generation
+def is_within_grace(claims: Claims, session: db.Session) -> bool:
+    """Return whether the token was replaced once, less than REUSE_GRACE ago."""
+    age = now() - session["issued_at"]
+    return session["generation"] == claims.generation + 1 and age < REUSE_GRACE
 
 
 def rotate_session(refresh_token: str) -> Tokens:
@@ -219,7 +220,7 @@ def rotate_session(refresh_token: str) -> Tokens:
         if db.advance_session(claims.sub, session):
             return create_tokens(claims.sub, session)
         stored = db.find_session(claims.sub, claims.sid)
-        if stored and not is_reused(claims, stored):
+        if stored and is_within_grace(claims, stored):
             logger.info("authn_token_reuse_in_grace user=%s session=%s", claims.sub, claims.sid)
             return create_tokens(claims.sub, stored)
     revoke_session(claims)
@@ -231,7 +232,8 @@ def revoke_session(claims: Claims) -> None:
     session = db.find_session(claims.sub, claims.sid)
     if session is None or not db.delete_session(claims.sub, claims.sid):
         return
-    if is_reused(claims, session):
+    if session["generation"] > claims.generation and not is_within_grace(claims, session):
+        # Two clients may have used this token (RFC 9700 section 4.14.2).
         logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)
     else:
         logger.info("authn_token_revoked user=%s session=%s", claims.sub, claims.sid)
@@ -262,7 +264,7 @@ def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bear
 CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
-MAX_CONCURRENT_HASHES = 2
+HASH_SLOTS = 2
 HASH_QUEUE_SIZE = 16
 REJECTION_DELAY = 0.5  # seconds, to slow down a flood
 hash_queue: list[str] = []  # the network of each request
@@ -299,12 +301,12 @@ async def join_hash_queue(network: ClientNetwork) -> AsyncIterator[None]:
 
 
 async def wait_for_hash_slot() -> AsyncIterator[None]:
-    """Hold one of MAX_CONCURRENT_HASHES slots until the route function returns."""
+    """Hold one of the HASH_SLOTS until the route function returns."""
     yield  # max_concurrency delays the call.
 
 
 # For routes that hash passwords. Waiting requests use no thread.
 LIMIT_HASHING = [
     Depends(join_hash_queue, scope="function"),
-    Depends(wait_for_hash_slot, scope="function", max_concurrency=MAX_CONCURRENT_HASHES),
+    Depends(wait_for_hash_slot, scope="function", max_concurrency=HASH_SLOTS),
 ]

@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
 logger = logging.getLogger("auth_jwt")
 
 
-def refuse_to_start(reason: str) -> NoReturn:
+def abort_startup(reason: str) -> NoReturn:
     """Print the reason and exit with status 3, which stops `uvicorn --workers`."""
     print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
     sys.exit(3)
@@ -42,12 +42,12 @@ try:
             raise ValueError
     load_dotenv(env_file, encoding="utf-8-sig")
 except (OSError, ValueError):
-    refuse_to_start(f"{env_file} must be UTF-8 text with lines of the form NAME=value.")
+    abort_startup(f"{env_file} must be UTF-8 text with lines of the form NAME=value.")
 
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
-TIMEOUT_MS = 2500  # per operation, including retries
-RETRY_INTERVAL = 1.0  # seconds between attempts while the circuit breaker is open
+TIMEOUT_MS = 2500  # per operation with retries
+RETRY_INTERVAL = 1.0  # seconds without success before opening, and between attempts
 MAX_SESSIONS = 20
 MAX_LOGIN_FAILURES = 100
 
@@ -67,7 +67,7 @@ class DatabaseError(Exception):
 
 
 class DatabaseUnavailable(DatabaseError):
-    """MongoDB did not respond. A retry may succeed."""
+    """MongoDB is unavailable. A retry may succeed."""
 
 
 users: Collection[Document] = mongomock.MongoClient(tz_aware=True).db.users
@@ -89,8 +89,8 @@ if MONGO_URI:
             )[MONGO_DB_NAME]["users"]
     # These errors can quote the password.
     except (PyMongoError, OSError, ValueError, Warning):
-        refuse_to_start("MONGO_URI or MONGO_DB_NAME is malformed; see README.md.")
-# The operations of mongomock are not atomic.
+        abort_startup("MONGO_URI or MONGO_DB_NAME is malformed; see README.md.")
+# mongomock operations are not atomic.
 memory_lock = nullcontext() if MONGO_URI else threading.Lock()
 
 
@@ -100,7 +100,7 @@ next_attempt = 0.0  # monotonic time; 0.0 while the circuit breaker is closed
 
 @contextmanager
 def circuit_breaker() -> Iterator[None]:
-    """Convert the errors of a query. During an outage, try only one query per RETRY_INTERVAL."""
+    """Convert PyMongo errors. During an outage, try only one query per RETRY_INTERVAL."""
     global last_success, next_attempt
     if monotonic() < next_attempt:
         raise DatabaseUnavailable
@@ -112,6 +112,7 @@ def circuit_breaker() -> Iterator[None]:
     except PyMongoError as error:
         no_response = error.timeout or isinstance(error, ConnectionFailure)
         if not no_response and not error.has_error_label("RetryableWriteError"):
+            next_attempt = 0.0
             details = getattr(error, "details", None) or {}
             raise DatabaseError(details.get("codeName", type(error).__name__)) from None
         if not next_attempt and monotonic() - last_success > RETRY_INTERVAL:
@@ -123,19 +124,17 @@ def circuit_breaker() -> Iterator[None]:
 
 @cache
 def create_index() -> None:
-    """Create the unique index, once. The callers apply the circuit breaker."""
+    """Create the unique index, once. Call it inside circuit_breaker()."""
     users.create_index("email", unique=True)
 
 
 def prepare_collection() -> None:
     """Create the index, or leave that to create_user if MongoDB does not respond."""
     try:
-        with circuit_breaker():
+        with suppress(DatabaseUnavailable), circuit_breaker():
             create_index()
-    except DatabaseUnavailable:
-        pass
     except DatabaseError as error:
-        refuse_to_start(f"MongoDB at MONGO_URI is not usable ({error}); see README.md.")
+        abort_startup(f"MongoDB at MONGO_URI is not usable ({error}); see README.md.")
 
 
 @circuit_breaker()
@@ -184,7 +183,7 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     """Add a failed login and keep the newest ones. Does nothing for an unknown email."""
     failure = {"network": network, "failed_at": failed_at}
     change = {"$push": {"login_failures": {"$each": [failure], "$slice": -MAX_LOGIN_FAILURES}}}
-    # Waiting for the journal would take longer and reveal a registered email.
+    # A slower, journaled write would reveal that the email is registered.
     users.with_options(write_concern=WriteConcern(1)).update_one({"email": email}, change)
 
 

@@ -1624,6 +1624,15 @@ def test_a_permanent_server_error_is_500_and_does_not_open_the_breaker(
     assert events() == [("ERROR", "MongoDB returned an error: Unauthorized")] * 4
 
 
+def test_an_error_of_the_server_closes_the_breaker(client, tokens, monkeypatch):
+    monkeypatch.setattr(db, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(db, "next_attempt", 99.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(db, "users", FailingCollection(OperationFailure("secret document", 13)))
+        assert me(client, tokens["access_token"]).status_code == 500
+    assert me(client, tokens["access_token"]).status_code == 200
+
+
 @pytest.mark.parametrize(
     "error",
     [
