@@ -1,4 +1,4 @@
-"""HTTP interface: models, routes and the application."""
+"""Models, routes and the application."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ logger = logging.getLogger("auth_jwt")
 
 
 def to_nfc(value: object) -> object:
-    """Return text in Unicode NFC (RFC 8265), and other values unchanged."""
+    """Return text in Unicode NFC (RFC 8265), other values unchanged."""
     return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
 
 

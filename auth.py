@@ -67,11 +67,11 @@ class InvalidToken(HTTPException):
 @contextmanager
 def convert_errors() -> Iterator[None]:
     """Convert errors to a 503 if a retry can succeed, and other database errors to a 500."""
+    retry_after = {"Retry-After": "2"}
     try:
         yield
-        return
     except db.DatabaseUnavailable:
-        detail = "The database is unavailable; try again"
+        raise HTTPException(503, "The database is unavailable; try again", retry_after) from None
     except db.DatabaseError as error:
         logger.error("MongoDB returned an error: %s", error)
         raise HTTPException(500, "Internal server error") from None
@@ -79,8 +79,7 @@ def convert_errors() -> Iterator[None]:
         if isinstance(error, RuntimeError) and str(error) != "can't start new thread":
             raise
         logger.error("The service is overloaded: %s", error)
-        detail = "The service is overloaded; try again"
-    raise HTTPException(503, detail, {"Retry-After": "2"})
+        raise HTTPException(503, "The service is overloaded; try again", retry_after) from None
 
 
 # Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
@@ -233,7 +232,7 @@ def revoke_session(claims: Claims) -> None:
     if session is None or not db.delete_session(claims.sub, claims.sid):
         return
     if session["generation"] > claims.generation and not is_within_grace(claims, session):
-        # Two clients may have used this token (RFC 9700 section 4.14.2).
+        # The token may be stolen (RFC 9700 section 4.14.2).
         logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)
     else:
         logger.info("authn_token_revoked user=%s session=%s", claims.sub, claims.sid)
@@ -266,7 +265,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 HASH_SLOTS = 2
 HASH_QUEUE_SIZE = 16
-REJECTION_DELAY = 0.5  # seconds, to slow down a flood
+REJECTION_DELAY = 0.5  # seconds, to slow a flood
 hash_queue: list[str] = []  # the network of each request
 
 

@@ -47,7 +47,7 @@ except (OSError, ValueError):
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
 TIMEOUT_MS = 2500  # per operation with retries
-RETRY_INTERVAL = 1.0  # seconds without success before opening, and between attempts
+RETRY_INTERVAL = 1.0  # seconds without success before opening and between attempts
 MAX_SESSIONS = 20
 MAX_LOGIN_FAILURES = 100
 
@@ -77,7 +77,7 @@ if MONGO_URI:
             raise ValueError
         # PyMongo only warns about a misspelled option.
         with warnings.catch_warnings(action="error"):
-            # The keyword arguments take precedence over options in the URI.
+            # Keyword arguments take precedence over options in the URI.
             users = MongoClient[Document](
                 MONGO_URI,
                 connect=False,
@@ -124,7 +124,7 @@ def circuit_breaker() -> Iterator[None]:
 
 @cache
 def create_index() -> None:
-    """Create the unique index, once. Call it inside circuit_breaker()."""
+    """Create the unique index once. Call it inside circuit_breaker()."""
     users.create_index("email", unique=True)
 
 
