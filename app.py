@@ -166,7 +166,7 @@ app = FastAPI(title="auth-jwt")
 app.include_router(router)
 
 if CORS_ORIGINS := os.getenv("CORS_ORIGINS"):
-    origins = CORS_ORIGINS.replace(" ", "").split(",")
+    origins = [origin.strip() for origin in CORS_ORIGINS.split(",")]
     if not all(re.fullmatch(r"[a-z-]+://[a-z0-9._:\[\]-]+", o) for o in origins):
         db.abort_startup("CORS_ORIGINS must list origins such as http://localhost:5173.")
     app.add_middleware(

@@ -75,7 +75,7 @@ def convert_errors() -> Iterator[None]:
     except db.DatabaseError as error:
         logger.error("MongoDB returned an error: %s", error)
         raise HTTPException(500, "Internal server error") from None
-    except (Argon2Error, RuntimeError) as error:
+    except (Argon2Error, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and str(error) != "can't start new thread":
             raise
         logger.error("The service is overloaded: %s", error)
@@ -203,7 +203,7 @@ def create_session() -> db.Session:
 
 def is_within_grace(claims: Claims, session: db.Session) -> bool:
     """Return whether the token was replaced once, less than REUSE_GRACE ago."""
-    age = now() - session["issued_at"]
+    age = abs(now() - session["issued_at"])
     return session["generation"] == claims.generation + 1 and age < REUSE_GRACE
 
 

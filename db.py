@@ -88,7 +88,7 @@ if MONGO_URI:
                 readPreference="primary",
             )[MONGO_DB_NAME]["users"]
     # These errors can quote the password.
-    except (PyMongoError, OSError, ValueError, Warning):
+    except Exception:
         abort_startup("MONGO_URI or MONGO_DB_NAME is malformed; see README.md.")
 # mongomock operations are not atomic.
 memory_lock = nullcontext() if MONGO_URI else threading.Lock()

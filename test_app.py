@@ -533,9 +533,10 @@ def test_a_password_that_cannot_be_hashed_is_503_and_not_a_failed_login(
     assert auth.hash_queue == []
 
 
-def test_a_request_for_which_no_thread_can_be_started_is_503(client, tokens, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_a_request_without_a_thread_or_memory_is_503(client, tokens, monkeypatch, error):
     def fail(*args):
-        raise RuntimeError("can't start new thread")
+        raise error
 
     monkeypatch.setattr(anyio.to_thread, "run_sync", fail)
     response = me(client, tokens["access_token"])
@@ -1226,11 +1227,14 @@ def test_the_previous_token_returns_the_current_generation_for_60_seconds(
     assert refresh(client, again["refresh_token"]).status_code == 200
 
 
-def test_the_previous_token_ends_its_session_after_60_seconds(client, tokens, email, set_clock):
+@pytest.mark.parametrize("seconds", [60, -60])
+def test_the_previous_token_ends_its_session_after_60_seconds_or_if_the_clock_was_set_back(
+    client, tokens, email, set_clock, seconds
+):
     other_session = login(client, email).json()
     other_user = register(client, "other-" + email).json()
     newest = refresh(client, tokens["refresh_token"]).json()
-    set_clock(seconds=60)
+    set_clock(seconds=seconds)
     assert is_invalid_token(refresh(client, tokens["refresh_token"]))
     assert is_invalid_token(me(client, newest["access_token"]))
     assert is_invalid_token(refresh(client, newest["refresh_token"]))
@@ -1915,6 +1919,7 @@ def start_error(module, monkeypatch, capsys, **settings):
         "mongodb://127.0.0.1/?maxPoolSize=s3cret",
         "mongodb://127.0.0.1/?maxPolSize=3&x=s3cret",
         "mongodb://127.0.0.1/?tls=true&tlsCAFile=s3cret",
+        "mongodb://127.0.0.1/?datetime_conversion=s3cret",
     ],
 )
 def test_a_malformed_mongo_uri_prevents_startup(monkeypatch, capsys, uri):
@@ -1963,7 +1968,15 @@ def test_the_shortest_and_the_longest_lifetime_work(monkeypatch, value):
 
 @pytest.mark.parametrize(
     "origins",
-    ["*", "localhost:5173", "http://localhost:5173/", "http://localhost/x", "HTTP://A.COM", "a,,b"],
+    [
+        "*",
+        "localhost:5173",
+        "http://localhost:5173/",
+        "http://localhost/x",
+        "HTTP://A.COM",
+        "a,,b",
+        "http://a b",
+    ],
 )
 def test_a_malformed_cors_origin_prevents_startup(monkeypatch, capsys, origins):
     printed = start_error(HERE / "app.py", monkeypatch, capsys, CORS_ORIGINS=origins)
