@@ -55,7 +55,7 @@ Document = dict[str, Any]
 
 
 class Session(TypedDict):
-    """A session. generation counts the refreshes; issued_at is the time of the last one."""
+    """A session. generation counts the refreshes; issued_at is the time of the newest tokens."""
 
     sid: str
     generation: int
