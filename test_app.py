@@ -543,14 +543,15 @@ def test_a_request_without_a_thread_or_memory_is_503(client, tokens, monkeypatch
     assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
 
 
-def test_an_unexpected_error_keeps_its_traceback(client, tokens, monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback_and_cause(client, tokens, monkeypatch):
     def fail(*args):
-        raise RuntimeError("unexpected")
+        raise RuntimeError("unexpected") from KeyError("cause")
 
     monkeypatch.setattr(db, "find_user_by_session", fail)
     with pytest.raises(RuntimeError, match="unexpected") as raised:
         me(client, tokens["access_token"])
     assert raised.traceback[-1].name == "fail"
+    assert isinstance(raised.value.__cause__, KeyError)
 
 
 @pytest.mark.parametrize("field", [0, 1, 2, 3, 4, 5])
