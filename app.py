@@ -77,7 +77,7 @@ class AuthRoute(APIRoute):
                 with auth.convert_errors():
                     response = await original_handler(request)
             except RequestValidationError as error:
-                # It may contain a password.
+                # The input can be a password.
                 errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise RequestValidationError(errors) from None
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1

@@ -78,7 +78,7 @@ def convert_errors() -> Iterator[None]:
     except (Argon2Error, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and str(error) != "can't start new thread":
             raise
-        logger.error("The service is overloaded: %s", error)
+        logger.error("The service is overloaded: %r", error)
         raise HTTPException(503, "The service is overloaded; try again", retry_after) from None
 
 
@@ -227,7 +227,7 @@ def rotate_session(refresh_token: str) -> Tokens:
 
 
 def revoke_session(claims: Claims) -> None:
-    """Delete the session of a refresh token, if it still exists."""
+    """Delete the session of a refresh token if it exists."""
     session = db.find_session(claims.sub, claims.sid)
     if session is None or not db.delete_session(claims.sub, claims.sid):
         return

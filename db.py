@@ -47,7 +47,7 @@ except (OSError, ValueError):
 MONGO_URI = os.getenv("MONGO_URI")
 MONGO_DB_NAME = os.getenv("MONGO_DB_NAME") or "auth_db"
 TIMEOUT_MS = 2500  # per operation with retries
-RETRY_INTERVAL = 1.0  # seconds without success before opening and between attempts
+RETRY_INTERVAL = 1.0  # seconds until the breaker opens and between attempts
 MAX_SESSIONS = 20
 MAX_LOGIN_FAILURES = 100
 
@@ -112,7 +112,7 @@ def circuit_breaker() -> Iterator[None]:
     except PyMongoError as error:
         no_response = error.timeout or isinstance(error, ConnectionFailure)
         if not no_response and not error.has_error_label("RetryableWriteError"):
-            next_attempt = 0.0
+            next_attempt = 0.0  # MongoDB responded.
             details = getattr(error, "details", None) or {}
             raise DatabaseError(details.get("codeName", type(error).__name__)) from None
         if not next_attempt and monotonic() - last_success > RETRY_INTERVAL:
@@ -183,7 +183,7 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     """Add a failed login and keep the newest ones. Does nothing for an unknown email."""
     failure = {"network": network, "failed_at": failed_at}
     change = {"$push": {"login_failures": {"$each": [failure], "$slice": -MAX_LOGIN_FAILURES}}}
-    # A slower, journaled write would reveal that the email is registered.
+    # A slower, journaled write would reveal a registered email.
     users.with_options(write_concern=WriteConcern(1)).update_one({"email": email}, change)
 
 

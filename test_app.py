@@ -534,13 +534,14 @@ def test_a_password_that_cannot_be_hashed_is_503_and_not_a_failed_login(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
-def test_a_request_without_a_thread_or_memory_is_503(client, tokens, monkeypatch, error):
+def test_a_request_without_a_thread_or_memory_is_503(client, tokens, events, monkeypatch, error):
     def fail(*args):
         raise error
 
     monkeypatch.setattr(anyio.to_thread, "run_sync", fail)
     response = me(client, tokens["access_token"])
     assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
+    assert events() == [("ERROR", f"The service is overloaded: {error!r}")]
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_cause(client, tokens, monkeypatch):
