@@ -1,7 +1,7 @@
-"""Models, routes and the application."""
+"""Models, routes and the standalone application."""
 
+import asyncio
 import logging
-import os
 import re
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -21,21 +21,32 @@ import db
 logger = logging.getLogger("auth_jwt")
 
 
+# Request bodies
+
+
 def to_nfc(value: object) -> object:
     """Return text in Unicode NFC (RFC 8265), other values unchanged."""
     return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
 
 
+def normalize_email(email: str) -> str:
+    """Return the email in lower case and in Unicode NFC, the form in which it is stored."""
+    return unicodedata.normalize("NFC", email.lower())
+
+
 Email = Annotated[
     EmailStr,
-    AfterValidator(lambda email: to_nfc(email.lower())),
+    AfterValidator(normalize_email),
     Field(examples=["alice@example.com"]),
 ]
+# Pydantic applies the annotations from left to right, but runs a BeforeValidator before all that
+# stand to its left. So the length is that of the NFC form.
 Password = Annotated[
     str,
     Field(max_length=128, repr=False, examples=["MyS3cret@1"]),
     BeforeValidator(to_nfc),
 ]
+StrongPassword = Annotated[Password, AfterValidator(auth.check_password_strength)]
 
 
 class Credentials(BaseModel):
@@ -48,7 +59,7 @@ class Credentials(BaseModel):
 class NewCredentials(Credentials):
     """An email and a password: 8 to 128 characters, upper and lower case, a digit and a symbol."""
 
-    password: Annotated[Password, AfterValidator(auth.check_password_strength)]
+    password: StrongPassword
 
 
 class RefreshToken(BaseModel):
@@ -57,42 +68,59 @@ class RefreshToken(BaseModel):
     refresh_token: str = Field(repr=False)
 
 
+# Responses
+
+
 class Error(BaseModel):
     """The body of an error response."""
 
     detail: str
 
 
-JSON_ERROR: dict[str, Any] = {"model": Error}
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the description of these error responses for the OpenAPI document."""
+    return {status: {"model": Error} for status in statuses}
+
+
+REJECTION_DELAY = 0.5  # seconds
 
 
 class AuthRoute(APIRoute):
-    """A route that removes input from a 422, converts errors and forbids caching on success."""
+    """A route that does not quote its input in a 422, delays a rejection and forbids caching."""
 
+    # FastAPI calls this once per route, for the function that handles the requests.
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        original_handler = super().get_route_handler()
+        handle = super().get_route_handler()
 
-        async def route_handler(request: Request) -> Response:
+        async def handle_safely(request: Request) -> Response:
             try:
-                with auth.convert_errors():
-                    response = await original_handler(request)
+                response = await handle(request)
             except RequestValidationError as error:
                 # The input can be a password.
-                errors = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
-                raise RequestValidationError(errors) from None
+                details = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
+                raise RequestValidationError(details) from None
+            except auth.Overloaded:
+                # Clients that retry immediately would keep the event loop busy.
+                await asyncio.sleep(REJECTION_DELAY)
+                raise
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
             return response
 
-        return route_handler
+        return handle_safely
+
+
+# Routes
 
 
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Prepare the database before the first request."""
-    db.prepare_collection()
+async def prepare_database(_: FastAPI) -> AsyncIterator[None]:
+    """Prepare the database before the first request of an app that includes the router."""
+    if db.ENV_FILE:
+        logger.info("Settings that are not environment variables are read from %s.", db.ENV_FILE)
     if not db.MONGO_URI:
         logger.warning("Users are kept in memory, separately in each worker.")
         logger.warning("Set MONGO_URI and JWT_SECRET_KEY to keep them.")
+    db.prepare_collection()
     yield
 
 
@@ -100,22 +128,19 @@ router = APIRouter(
     prefix="/auth",
     tags=["auth"],
     route_class=AuthRoute,
-    lifespan=lifespan,
+    lifespan=prepare_database,
     max_body_size=8 * 1024,  # bytes
     generate_unique_id_function=lambda route: route.name,
-    responses={413: {}, 503: JSON_ERROR},  # a 413 can be plain text
+    # A 413 can be plain text.
+    responses=errors(503) | {413: {}},
 )
 
 
-@router.post(
-    "/register",
-    status_code=201,
-    dependencies=auth.LIMIT_HASHING,
-    responses={400: JSON_ERROR, 409: JSON_ERROR},
-)
+@router.post("/register", status_code=201, responses=errors(400, 409))
 def register(credentials: NewCredentials, network: auth.ClientNetwork) -> auth.Tokens:
     """Create a user and start their first session."""
-    password_hash = auth.hasher.hash(credentials.password)
+    with auth.place_in_hash_queue(network):
+        password_hash = auth.hash_password(credentials.password)
     session = auth.create_session()
     user_id = db.create_user(credentials.email, password_hash, session, network)
     if user_id is None:
@@ -124,61 +149,86 @@ def register(credentials: NewCredentials, network: auth.ClientNetwork) -> auth.T
     return auth.create_tokens(user_id, session)
 
 
-@router.post(
-    "/login",
-    dependencies=auth.LIMIT_HASHING,
-    responses={400: JSON_ERROR, 401: JSON_ERROR, 429: JSON_ERROR},
-)
+@router.post("/login", responses=errors(400, 401, 429))
 def login(credentials: Credentials, network: auth.ClientNetwork) -> auth.Tokens:
     """Start a session."""
-    user_id = auth.authenticate(credentials.email, credentials.password, network)
+    with auth.place_in_hash_queue(network):
+        user_id, password_hash = auth.authenticate(credentials.email, credentials.password, network)
     session = auth.create_session()
-    if user_id is None or not db.add_session(user_id, session, network):
-        raise HTTPException(401, "Wrong email or password", {"WWW-Authenticate": "Bearer"})
+    if not db.add_session(user_id, password_hash, session, network):
+        # The user was deleted or has another password since the old one was verified.
+        raise auth.WrongCredentials
     logger.info(
         "authn_login_success user=%s session=%s network=%s", user_id, session["sid"], network
     )
     return auth.create_tokens(user_id, session)
 
 
-@router.get("/me", response_model=auth.User, responses={401: JSON_ERROR})
+@router.get("/me", response_model=auth.User, responses=errors(401))
 def me(user: auth.CurrentUser) -> Response:
     """Return the current user."""
-    # Avoids a second validation in another thread.
+    # FastAPI would validate the model again, in another thread.
     return Response(user.model_dump_json(), media_type="application/json")
 
 
-@router.post("/refresh", responses={400: JSON_ERROR, 401: JSON_ERROR})
+@router.post("/refresh", responses=errors(400, 401))
 def refresh(body: RefreshToken) -> auth.Tokens:
     """Exchange a refresh token for a new pair of tokens."""
     return auth.rotate_session(body.refresh_token)
 
 
-@router.post("/logout", status_code=204, responses={400: JSON_ERROR, 401: JSON_ERROR})
+@router.post("/logout", status_code=204, responses=errors(400, 401))
 def logout(body: RefreshToken) -> Response:
     """End a session."""
-    claims = auth.read_token("refresh", body.refresh_token, verify_exp=False)
+    claims = auth.read_token(body.refresh_token, "refresh", allow_expired=True)
     auth.revoke_session(claims)
     return Response(status_code=204)
 
 
-app = FastAPI(title="auth-jwt")
-app.include_router(router)
+# The standalone application. An app that includes the router does not use this part.
 
-if CORS_ORIGINS := os.getenv("CORS_ORIGINS"):
-    origins = [origin.strip() for origin in CORS_ORIGINS.split(",")]
-    if not all(re.fullmatch(r"[a-z-]+://[a-z0-9._:\[\]-]+", o) for o in origins):
+ORIGIN_PATTERN = re.compile(r"[a-z-]+://[a-z0-9._:\[\]-]+")
+
+
+def read_cors_origins() -> list[str]:
+    """Return the origins of browser front ends, which are separated by commas."""
+    setting = db.read_setting("CORS_ORIGINS")
+    return [origin.strip() for origin in setting.split(",")] if setting else []
+
+
+CORS_ORIGINS = read_cors_origins()
+
+
+def configure_standalone() -> None:
+    """Configure logging unless it is configured already, and check CORS_ORIGINS."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if not all(map(ORIGIN_PATTERN.fullmatch, CORS_ORIGINS)):
         db.abort_startup("CORS_ORIGINS must list origins such as http://localhost:5173.")
+
+
+@asynccontextmanager
+async def start_standalone(_: FastAPI) -> AsyncIterator[None]:
+    """Configure the application before its first request."""
+    configure_standalone()
+    yield
+
+
+app = FastAPI(title="auth-jwt", lifespan=start_standalone)
+# Runs the lifespan of the router after that of the application.
+app.include_router(router)
+if CORS_ORIGINS:
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=origins,
+        allow_origins=CORS_ORIGINS,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization"],
+        # Tracing tools add headers of their own.
+        allow_headers=["*"],
         expose_headers=["Retry-After", "WWW-Authenticate"],
     )
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # A failure in the lifespan would also print a traceback.
+    configure_standalone()
     db.prepare_collection()
-    uvicorn.run(app, port=5000)
+    # Longer than the slowest response, and shorter than Docker waits before it kills.
+    uvicorn.run(app, port=5000, timeout_graceful_shutdown=8)

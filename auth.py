@@ -1,21 +1,21 @@
-"""Passwords, login, tokens, sessions, the current user and the hash queue."""
+"""Passwords, the login limit, login, tokens, sessions, the current user and the hash queue."""
 
-import asyncio
 import ipaddress
 import logging
 import math
-import os
 import re
 import secrets
 import unicodedata
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from threading import Lock
+from typing import Annotated, Literal
 
 import jwt
 from argon2 import PasswordHasher
-from argon2.exceptions import Argon2Error, VerificationError
+from argon2.exceptions import Argon2Error
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
@@ -23,32 +23,40 @@ from pydantic_core import PydanticCustomError
 
 import db
 
+# The names and levels of the security events are those of OWASP's Logging Vocabulary. For
+# example, it makes user_created a warning.
 logger = logging.getLogger("auth_jwt")
 
 
-SECRET_KEY = os.fsencode(os.getenv("JWT_SECRET_KEY", ""))
-if bool(SECRET_KEY) != bool(db.MONGO_URI):
-    db.abort_startup("Set both JWT_SECRET_KEY and MONGO_URI, or neither.")
-SECRET_KEY = SECRET_KEY or secrets.token_bytes(32)
-try:
-    # PyJWT checks a key when it signs.
-    jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, SECRET_KEY, "HS256")
-except jwt.InvalidKeyError:
-    db.abort_startup("JWT_SECRET_KEY must be at least 32 random bytes; see .env.example.")
+# Settings
+
+
+def read_key() -> bytes:
+    """Return the key that signs the tokens, which is random if users are kept in memory."""
+    key = db.read_setting("JWT_SECRET_KEY").encode()
+    if bool(key) != bool(db.MONGO_URI):
+        db.abort_startup("Set both JWT_SECRET_KEY and MONGO_URI, or neither.")
+    if not key:
+        return secrets.token_bytes(32)
+    try:
+        # Signing checks that the key is long enough (RFC 7518 section 3.2) and no public key.
+        jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, key, algorithm="HS256")
+    except jwt.InvalidKeyError:
+        db.abort_startup("JWT_SECRET_KEY must be at least 32 random bytes; see .env.example.")
+    return key
 
 
 def read_lifetime(name: str, default: str) -> int:
     """Return the setting as a positive whole number."""
-    value = os.getenv(name) or default
+    value = db.read_setting(name, default)
     if not re.fullmatch("[1-9][0-9]{0,5}", value):
         db.abort_startup(f"{name} must be a whole number from 1 to 999999.")
     return int(value)
 
 
-LIFETIMES = {
-    "access": timedelta(minutes=read_lifetime("ACCESS_TOKEN_EXPIRE_MINUTES", "15")),
-    "refresh": timedelta(days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS", "7")),
-}
+SECRET_KEY = read_key()
+ACCESS_TOKEN_LIFETIME = timedelta(minutes=read_lifetime("ACCESS_TOKEN_EXPIRE_MINUTES", "15"))
+REFRESH_TOKEN_LIFETIME = timedelta(days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS", "7"))
 
 
 def now() -> datetime:
@@ -56,34 +64,13 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-class InvalidToken(HTTPException):
-    """An error response to an invalid token (RFC 6750 section 3.1)."""
-
-    def __init__(self) -> None:
-        challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
-        super().__init__(401, "The token is invalid, has expired or was revoked", challenge)
-
-
-@contextmanager
-def convert_errors() -> Iterator[None]:
-    """Convert errors to a 503 if a retry can succeed, and other database errors to a 500."""
-    retry_after = {"Retry-After": "2"}
-    try:
-        yield
-    except db.DatabaseUnavailable:
-        raise HTTPException(503, "The database is unavailable; try again", retry_after) from None
-    except db.DatabaseError as error:
-        logger.error("MongoDB returned an error: %s", error)
-        raise HTTPException(500, "Internal server error") from None
-    except (Argon2Error, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and str(error) != "can't start new thread":
-            raise
-        logger.error("The service is overloaded: %r", error)
-        raise HTTPException(503, "The service is overloaded; try again", retry_after) from None
-
+# Passwords
 
 # Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
 hasher = PasswordHasher()
+
+# The Unicode categories of punctuation, symbols and separators. A space is a separator.
+SYMBOL_CATEGORIES = "PSZ"
 
 
 def check_password_strength(password: str) -> str:
@@ -93,70 +80,145 @@ def check_password_strength(password: str) -> str:
         "a lower-case letter": any(map(str.islower, password)),
         "an upper-case letter": any(map(str.isupper, password)),
         "a digit": any(map(str.isdecimal, password)),
-        "a symbol": any(unicodedata.category(char)[0] in "PSZ" for char in password),
+        "a symbol": any(unicodedata.category(char)[0] in SYMBOL_CATEGORIES for char in password),
     }
     unmet = ", ".join(rule for rule, is_met in rules.items() if not is_met)
     if unmet:
+        # Pydantic inserts {unmet} into the message.
         raise PydanticCustomError("weak_password", "The password needs {unmet}", {"unmet": unmet})
     return password
 
 
-FREE_FAILURES = 4
-HOUR = 60 * 60  # seconds
+class Overloaded(HTTPException):
+    """The error response when the hash queue is full, or memory or threads are lacking."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "The service is overloaded; try again", {"Retry-After": "1"})
 
 
-def get_login_wait(user: db.Document, network: str) -> float:
-    """Return the seconds until the network may log in; 0 or less means now.
-
-    From its fifth failed login within an hour, a network waits 1, 2, 4, 8 … seconds. After 100
-    from all networks, only networks with a session may log in.
-    """
-    recent = sorted(
-        (age, failure["network"])
-        for failure in user.get("login_failures", [])
-        # An age is negative if a clock was set back.
-        if 0 <= (age := (now() - failure["failed_at"]).total_seconds()) < HOUR
-    )
-    # Newest first. Wait n ends 2**n s after own[0], or when its failure expires.
-    own = [age for age, source in recent if source == network]
-    waits = [min(2**n - own[0], HOUR - age) for n, age in enumerate(own[FREE_FAILURES:])]
-    # find_user_by_email returns only a session of this network.
-    if len(recent) == db.MAX_LOGIN_FAILURES and not user.get("refresh_tokens"):
-        waits.append(HOUR - recent[-1][0])
-    return max(waits, default=0)
+# A hash takes 64 MiB and about 0.1 s. Others wait in this executor, first come, first served.
+hash_threads = ThreadPoolExecutor(2, "hash")
 
 
-# An unknown email must take as long as a wrong password.
-UNKNOWN_USER = {"_id": "unknown", "password_hash": hasher.hash(secrets.token_urlsafe())}
-
-
-def authenticate(email: str, password: str, network: str) -> str | None:
-    """Return the user's id, or None if the email or password is wrong. Raises a 429."""
-    user = db.find_user_by_email(email, network) or UNKNOWN_USER
-    user_id, password_hash = str(user["_id"]), str(user.get("password_hash"))
-    wait = get_login_wait(user, network)
-    if wait > 0:
-        logger.warning("authn_login_lock user=%s network=%s", user_id, network)
-        retry_after = {"Retry-After": str(math.ceil(wait))}
-        raise HTTPException(429, "Too many failed logins; try again later", retry_after)
+def hash_password(password: str) -> str:
+    """Return the Argon2id hash of the password. Raises Overloaded."""
     try:
-        hasher.verify(password_hash, password)
-    except (VerificationError, ValueError) as error:
-        # Argon2 lacked memory or a thread.
-        if str(error) in ("Memory allocation error", "Threading failure"):
-            raise
-        db.record_failed_login(email, network, now())
-        logger.warning("authn_login_fail user=%s network=%s", user_id, network)
-        return None
-    if hasher.check_needs_rehash(password_hash):
-        db.replace_password_hash(user_id, password_hash, hasher.hash(password))
-    return user_id
+        return hash_threads.submit(hasher.hash, password).result()
+    except (Argon2Error, MemoryError, RuntimeError) as error:
+        # submit() raises RuntimeError if no thread can be started.
+        logger.error("The service is overloaded: %r", error)
+        raise Overloaded from None
+
+
+def verify_password(password_hash: str, password: str) -> bool:
+    """Return whether the hash is that of the password. Raises Overloaded."""
+    try:
+        return hash_threads.submit(hasher.verify, password_hash, password).result()
+    except (Argon2Error, ValueError, MemoryError, RuntimeError) as error:
+        is_overloaded = isinstance(error, MemoryError | RuntimeError)
+        # argon2-cffi raises the same error for these reasons and for a damaged hash.
+        if not is_overloaded and str(error) not in ("Memory allocation error", "Threading failure"):
+            return False
+        logger.error("The service is overloaded: %r", error)
+        raise Overloaded from None
+
+
+# Login limit
+
+
+class TooManyFailedLogins(HTTPException):
+    """The error response to a login that has to wait."""
+
+    def __init__(self, wait: timedelta) -> None:
+        retry_after = str(math.ceil(wait.total_seconds()))
+        detail = "Too many failed logins; try again later"
+        super().__init__(429, detail, {"Retry-After": retry_after})
+
+
+MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
+
+
+def get_wait(failures: list[db.Document], limit: int, period: timedelta) -> timedelta:
+    """Return the time until fewer than `limit` of the failures are younger than `period`."""
+    ages = sorted(now() - failure["failed_at"] for failure in failures)
+    # A failure has a negative age if a clock was set back.
+    recent_ages: list[timedelta] = [age for age in ages if timedelta(0) <= age < period]
+    if len(recent_ages) < limit:
+        return timedelta(0)
+    oldest_that_counts = recent_ages[limit - 1]
+    return period - oldest_that_counts
+
+
+def check_login_limit(user: db.Document, network: str) -> None:
+    """Raise TooManyFailedLogins if a login of the user from this network has to wait.
+
+    Without a limit per network, a stranger's failures would lock out the user. Without a limit for
+    all networks, an attacker with many addresses could guess without end (OWASP, NIST SP 800-63B).
+    """
+    failures = user.get("login_failures", [])
+    own_failures = [failure for failure in failures if failure["network"] == network]
+    wait = max(
+        get_wait(own_failures, limit=5, period=MINUTE),
+        get_wait(own_failures, limit=20, period=HOUR),
+    )
+    wait_of_all = get_wait(failures, limit=db.MAX_LOGIN_FAILURES, period=HOUR)
+    if wait_of_all > wait:
+        # Only networks that the user has logged in from are exempt.
+        oldest_live_session = now() - REFRESH_TOKEN_LIFETIME
+        if not db.has_session_since(str(user["_id"]), network, oldest_live_session):
+            wait = wait_of_all
+    if wait > timedelta(0):
+        logger.warning("authn_login_lock user=%s network=%s", user["_id"], network)
+        raise TooManyFailedLogins(wait)
+
+
+# Login
+
+
+class WrongCredentials(HTTPException):
+    """The error response to a wrong email or password, which does not tell which one is wrong."""
+
+    def __init__(self) -> None:
+        super().__init__(401, "Wrong email or password", {"WWW-Authenticate": "Bearer"})
+
+
+# An unknown email must take as long as a wrong password, or the time would reveal who is
+# registered.
+UNKNOWN_USER: db.Document = {
+    "_id": "unknown",
+    "password_hash": hasher.hash(secrets.token_urlsafe()),
+}
+
+
+def authenticate(email: str, password: str, network: str) -> tuple[str, str]:
+    """Return the user's id and the password hash that was verified.
+
+    Raises WrongCredentials, TooManyFailedLogins or Overloaded.
+    """
+    while True:
+        user = db.find_user_by_email(email) or UNKNOWN_USER
+        user_id, password_hash = str(user["_id"]), user["password_hash"]
+        check_login_limit(user, network)
+        if not verify_password(password_hash, password):
+            db.record_failed_login(email, network, now())
+            logger.warning("authn_login_fail user=%s network=%s", user_id, network)
+            raise WrongCredentials
+        if not hasher.check_needs_rehash(password_hash):
+            return user_id, password_hash
+        # The hash has older parameters.
+        new_hash = hash_password(password)
+        if db.replace_password_hash(user_id, password_hash, new_hash):
+            return user_id, new_hash
+        # Another request has replaced the hash or changed the password. Verify the stored hash.
+
+
+# Tokens
 
 
 class Claims(BaseModel, strict=True):
     """The claims of a token (RFC 7519). exp is a Unix time in seconds."""
 
-    type: str
+    type: Literal["access", "refresh"]
     sub: str = Field(pattern="^[0-9a-f]{24}$")
     sid: str = Field(pattern="^[0-9a-f]{32}$")
     generation: int = Field(ge=0, lt=2**31)
@@ -171,27 +233,54 @@ class Tokens(BaseModel):
     refresh_token: str
 
 
+class InvalidToken(HTTPException):
+    """The error response to an invalid token (RFC 6750 section 3.1)."""
+
+    def __init__(self) -> None:
+        challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+        super().__init__(401, "The token is invalid, has expired or was revoked", challenge)
+
+
 def create_tokens(user_id: str, session: db.Session) -> Tokens:
     """Return signed tokens for this generation of the session."""
     claims = {"sub": user_id, "sid": session["sid"], "generation": session["generation"]}
-    tokens = {}
-    for token_type, lifetime in LIFETIMES.items():
-        payload = claims | {"type": token_type, "exp": session["issued_at"] + lifetime}
-        tokens[f"{token_type}_token"] = jwt.encode(payload, SECRET_KEY, "HS256")
-    return Tokens(user_id=user_id, **tokens)
+    issued_at = session["issued_at"]
+    access_claims = claims | {"type": "access", "exp": issued_at + ACCESS_TOKEN_LIFETIME}
+    refresh_claims = claims | {"type": "refresh", "exp": issued_at + REFRESH_TOKEN_LIFETIME}
+    return Tokens(
+        user_id=user_id,
+        access_token=jwt.encode(access_claims, SECRET_KEY, algorithm="HS256"),
+        refresh_token=jwt.encode(refresh_claims, SECRET_KEY, algorithm="HS256"),
+    )
 
 
-def read_token(token_type: str, token: str, verify_exp: bool = True) -> Claims:
-    """Return the claims of a valid HS256 token of this type (RFC 8725). Raises InvalidToken."""
+# Longer than any token that the service issues.
+MAX_TOKEN_LENGTH = 300
+
+
+def read_token(token: str, token_type: str, allow_expired: bool = False) -> Claims:
+    """Return the claims of a valid token of this type (RFC 8725). Raises InvalidToken."""
+    # PyJWT parses the header before it checks the signature. The parser is recursive, and a long
+    # header could overflow the stack of the thread, which would end the process.
+    if len(token) > MAX_TOKEN_LENGTH:
+        raise InvalidToken
     try:
-        payload = jwt.decode(token, SECRET_KEY, ["HS256"], {"verify_exp": verify_exp})
+        payload = jwt.decode(
+            token,
+            SECRET_KEY,
+            algorithms=["HS256"],
+            options={"verify_exp": not allow_expired},
+        )
         claims = Claims.model_validate(payload)
+    # Pydantic's ValidationError is a ValueError.
     except (jwt.InvalidTokenError, ValueError):
         raise InvalidToken from None
     if claims.type != token_type:
         raise InvalidToken
     return claims
 
+
+# Sessions
 
 REUSE_GRACE = timedelta(seconds=60)
 
@@ -203,25 +292,31 @@ def create_session() -> db.Session:
 
 def is_within_grace(claims: Claims, session: db.Session) -> bool:
     """Return whether the token was replaced once, less than REUSE_GRACE ago."""
-    age = abs(now() - session["issued_at"])
-    return session["generation"] == claims.generation + 1 and age < REUSE_GRACE
+    was_replaced_once = session["generation"] == claims.generation + 1
+    # The difference is negative if a clock was set back.
+    return was_replaced_once and abs(now() - session["issued_at"]) < REUSE_GRACE
 
 
 def rotate_session(refresh_token: str) -> Tokens:
     """Return the tokens of the next generation. Raises InvalidToken.
 
     A client that lost a response can repeat its token within REUSE_GRACE. Any other replaced or
-    expired token may be stolen and revokes the session.
+    expired token may be stolen and revokes the session (RFC 9700 section 4.14.2).
     """
-    claims = read_token("refresh", refresh_token, verify_exp=False)
-    if claims.exp > now().timestamp():
-        session = db.Session(sid=claims.sid, generation=claims.generation + 1, issued_at=now())
-        if db.advance_session(claims.sub, session):
-            return create_tokens(claims.sub, session)
-        stored = db.find_session(claims.sub, claims.sid)
-        if stored and is_within_grace(claims, stored):
-            logger.info("authn_token_reuse_in_grace user=%s session=%s", claims.sub, claims.sid)
-            return create_tokens(claims.sub, stored)
+    claims = read_token(refresh_token, "refresh", allow_expired=True)
+    is_expired = claims.exp <= now().timestamp()
+    if is_expired:
+        revoke_session(claims)
+        raise InvalidToken
+    next_session = db.Session(sid=claims.sid, generation=claims.generation + 1, issued_at=now())
+    if db.advance_session(claims.sub, next_session):
+        return create_tokens(claims.sub, next_session)
+    stored_session = db.find_session(claims.sub, claims.sid)
+    if stored_session and is_within_grace(claims, stored_session):
+        logger.info("authn_token_reuse_in_grace user=%s session=%s", claims.sub, claims.sid)
+        # Another generation would make the tokens of the lost response look stolen if the client
+        # received them after all.
+        return create_tokens(claims.sub, stored_session)
     revoke_session(claims)
     raise InvalidToken
 
@@ -231,11 +326,14 @@ def revoke_session(claims: Claims) -> None:
     session = db.find_session(claims.sub, claims.sid)
     if session is None or not db.delete_session(claims.sub, claims.sid):
         return
-    if session["generation"] > claims.generation and not is_within_grace(claims, session):
-        # The token may be stolen (RFC 9700 section 4.14.2).
+    was_replaced = session["generation"] > claims.generation
+    if was_replaced and not is_within_grace(claims, session):
         logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)
     else:
         logger.info("authn_token_revoked user=%s session=%s", claims.sub, claims.sid)
+
+
+# Current user
 
 
 class User(BaseModel):
@@ -251,10 +349,8 @@ bearer = HTTPBearer(description="Paste an access_token.")
 
 def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bearer)]) -> User:
     """Return the user of the access token in the header. Raises InvalidToken."""
-    claims = read_token("access", token.credentials)
-    # The routes of an embedding app do not convert errors.
-    with convert_errors():
-        user = db.find_user_by_session(claims.sub, claims.sid)
+    claims = read_token(token.credentials, "access")
+    user = db.find_user_by_session(claims.sub, claims.sid)
     if user is None:
         raise InvalidToken
     return User(id=claims.sub, email=user["email"], created_at=user["created_at"])
@@ -263,49 +359,52 @@ def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bear
 CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
-HASH_SLOTS = 2
-HASH_QUEUE_SIZE = 16
-REJECTION_DELAY = 0.5  # seconds, to slow a flood
-hash_queue: list[str] = []  # the network of each request
+# The client's network
 
 
 async def get_client_network(request: Request) -> str:
-    """Return the client's IPv4 address or IPv6 /64 network, or "unknown"."""
+    """Return the client's IPv4 address or IPv6 /64 network, or "unknown".
+
+    It is async because FastAPI would run a plain function in another thread.
+    """
     try:
         address = ipaddress.ip_address(request.client.host if request.client else "")
-    except ValueError:  # X-Forwarded-For can be forged.
+    except ValueError:
+        # X-Forwarded-For can contain any text.
         return "unknown"
-    if isinstance(address, ipaddress.IPv6Address):
-        address = address.ipv4_mapped or ipaddress.IPv6Address(int(address) >> 64 << 64)
-    return str(address)
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    # One customer has at least a /64 network, and could use a new address for each request.
+    return str(ipaddress.IPv6Network((int(address), 64), strict=False).network_address)
 
 
 ClientNetwork = Annotated[str, Depends(get_client_network)]
 
 
-async def join_hash_queue(network: ClientNetwork) -> AsyncIterator[None]:
-    """Hold a place in the queue until the route function returns. Raises a 503.
+# Hash queue
 
-    A network may take a place while it holds fewer places than are free, so that one network
-    cannot fill the queue.
+HASH_QUEUE_SIZE = 16
+hash_queue: list[str] = []  # the network of each request
+hash_queue_lock = Lock()
+
+
+@contextmanager
+def place_in_hash_queue(network: str) -> Iterator[None]:
+    """Hold a place in the hash queue of this process. Never waits; raises Overloaded.
+
+    A network gets a place only while it holds fewer places than are free. Otherwise, a flood from
+    one network would lock out all others. A request waits for its hash in one of AnyIO's threads,
+    40 by default.
     """
-    if hash_queue.count(network) >= HASH_QUEUE_SIZE - len(hash_queue):
-        await asyncio.sleep(REJECTION_DELAY)
-        raise HTTPException(503, "Too many requests at once; try again", {"Retry-After": "1"})
-    hash_queue.append(network)
+    with hash_queue_lock:
+        free_places = HASH_QUEUE_SIZE - len(hash_queue)
+        if hash_queue.count(network) >= free_places:
+            raise Overloaded
+        hash_queue.append(network)
     try:
         yield
     finally:
-        hash_queue.remove(network)
-
-
-async def wait_for_hash_slot() -> AsyncIterator[None]:
-    """Hold one of the HASH_SLOTS until the route function returns."""
-    yield  # max_concurrency delays the call.
-
-
-# For routes that hash passwords. Waiting requests use no thread.
-LIMIT_HASHING = [
-    Depends(join_hash_queue, scope="function"),
-    Depends(wait_for_hash_slot, scope="function", max_concurrency=HASH_SLOTS),
-]
+        with hash_queue_lock:
+            hash_queue.remove(network)
