@@ -123,6 +123,30 @@ def verify_password(password_hash: str, password: str) -> bool:
         raise Overloaded from None
 
 
+# The client's network
+
+
+async def get_client_network(request: Request) -> str:
+    """Return the client's IPv4 address or IPv6 /64 network, or "unknown".
+
+    It is async because FastAPI would run a plain function in another thread.
+    """
+    try:
+        address = ipaddress.ip_address(request.client.host if request.client else "")
+    except ValueError:
+        # X-Forwarded-For can contain any text.
+        return "unknown"
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    # One customer has at least a /64 network, and could use a new address for each request.
+    return str(ipaddress.IPv6Network((int(address), 64), strict=False).network_address)
+
+
+ClientNetwork = Annotated[str, Depends(get_client_network)]
+
+
 # Login limit
 
 
@@ -138,7 +162,9 @@ class TooManyFailedLogins(HTTPException):
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
 
 
-def get_wait(failures: list[db.Document], limit: int, period: timedelta) -> timedelta:
+def get_time_until_below_limit(
+    failures: list[db.Document], limit: int, period: timedelta
+) -> timedelta:
     """Return the time until fewer than `limit` of the failures are younger than `period`."""
     ages = sorted(now() - failure["failed_at"] for failure in failures)
     # A failure has a negative age if a clock was set back.
@@ -152,16 +178,16 @@ def get_wait(failures: list[db.Document], limit: int, period: timedelta) -> time
 def check_login_limit(user: db.Document, network: str) -> None:
     """Raise TooManyFailedLogins if a login of the user from this network has to wait.
 
-    Without a limit per network, a stranger's failures would lock out the user. Without a limit for
-    all networks, an attacker with many addresses could guess without end (OWASP, NIST SP 800-63B).
+    A failure counts mainly for its own network, so that a stranger cannot lock out the user. The
+    limit for all networks is for attackers with many addresses (NIST SP 800-63B section 3.2.2).
     """
     failures = user.get("login_failures", [])
     own_failures = [failure for failure in failures if failure["network"] == network]
     wait = max(
-        get_wait(own_failures, limit=5, period=MINUTE),
-        get_wait(own_failures, limit=20, period=HOUR),
+        get_time_until_below_limit(own_failures, limit=5, period=MINUTE),
+        get_time_until_below_limit(own_failures, limit=20, period=HOUR),
     )
-    wait_of_all = get_wait(failures, limit=db.MAX_LOGIN_FAILURES, period=HOUR)
+    wait_of_all = get_time_until_below_limit(failures, limit=db.MAX_LOGIN_FAILURES, period=HOUR)
     if wait_of_all > wait:
         # Only networks that the user has logged in from are exempt.
         oldest_live_session = now() - REFRESH_TOKEN_LIFETIME
@@ -357,30 +383,6 @@ def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bear
 
 
 CurrentUser = Annotated[User, Depends(get_current_user)]
-
-
-# The client's network
-
-
-async def get_client_network(request: Request) -> str:
-    """Return the client's IPv4 address or IPv6 /64 network, or "unknown".
-
-    It is async because FastAPI would run a plain function in another thread.
-    """
-    try:
-        address = ipaddress.ip_address(request.client.host if request.client else "")
-    except ValueError:
-        # X-Forwarded-For can contain any text.
-        return "unknown"
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    if address.ipv4_mapped:
-        return str(address.ipv4_mapped)
-    # One customer has at least a /64 network, and could use a new address for each request.
-    return str(ipaddress.IPv6Network((int(address), 64), strict=False).network_address)
-
-
-ClientNetwork = Annotated[str, Depends(get_client_network)]
 
 
 # Hash queue

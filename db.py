@@ -297,7 +297,7 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
         is_taken = users.find_one({"email": email}, {"_id": 1}) is not None
         if is_taken:
             return None
-        # A unique index of another program was violated.
+        # A unique index of another program, which circuit_breaker reports as a DatabaseError.
         raise
 
 
