@@ -11,50 +11,60 @@ import app
 from test_app import PASSWORD, is_invalid_token, login, refresh, register
 
 AS_JSON = {"Content-Type": "application/json"}
-
-
+ALL_ROUTES = pytest.mark.parametrize("route", ["register", "login", "refresh", "logout"])
 SECRET = "hunter2-hunter2"
 
-
+# The body, and the possible status codes of the response.
 BAD_BODIES = {
-    "empty": b"",
-    "not JSON": b'{"email": "' + SECRET.encode(),
-    "another encoding": f'{{"email": "{SECRET}ü"}}'.encode("latin-1"),
-    "a list": json.dumps([SECRET]).encode(),
-    "a string": json.dumps(SECRET).encode(),
-    "null": b"null",
-    "no fields": b"{}",
-    "numbers": b'{"email": 1, "password": 2, "refresh_token": 3}',
-    "NaN": b'{"email": NaN, "password": NaN, "refresh_token": NaN}',
-    "Infinity": b'{"email": Infinity, "password": -Infinity, "refresh_token": Infinity}',
-    "null fields": b'{"email": null, "password": null, "refresh_token": null}',
-    "operators": b'{"email": {"$ne": ""}, "password": {"$ne": ""}, "refresh_token": {"$ne": ""}}',
-    "lone surrogates": rb'{"email": "\ud800@b.com", "password": "\ud800hunter2-Hunter2"}',
-    "deeply nested": b'{"email": ' + b"[" * 4000 + b"]" * 4000 + b"}",
-    "a number of 5000 digits": b'{"email": ' + b"9" * 5000 + b"}",
+    "empty": (b"", [422]),
+    "not JSON": (b'{"email": "' + SECRET.encode(), [422]),
+    "another encoding": (f'{{"email": "{SECRET}ü"}}'.encode("latin-1"), [400]),
+    "a list": (json.dumps([SECRET]).encode(), [422]),
+    "a string": (json.dumps(SECRET).encode(), [422]),
+    "null": (b"null", [422]),
+    "no fields": (b"{}", [422]),
+    "numbers": (b'{"email": 1, "password": 2, "refresh_token": 3}', [422]),
+    "null fields": (b'{"email": null, "password": null, "refresh_token": null}', [422]),
+    "NaN": (b'{"email": NaN, "password": NaN, "refresh_token": NaN}', [422]),
+    "Infinity": (b'{"email": Infinity, "password": Infinity, "refresh_token": -Infinity}', [422]),
+    "operators": (
+        b'{"email": {"$ne": ""}, "password": {"$ne": ""}, "refresh_token": {"$ne": ""}}',
+        [422],
+    ),
+    "lone surrogates": (
+        rb'{"email": "\ud800@b.com", "password": "\ud800hunter2-Hunter2"}',
+        [422],
+    ),
+    # The parser of Python 3.13 or newer accepts more levels.
+    "deeply nested": (
+        b'{"password": "hunter2", "email": ' + b"[" * 4000 + b"]" * 4000 + b"}",
+        [400, 422],
+    ),
+    "a number of 5000 digits": (b'{"email": ' + b"9" * 5000 + b"}", [400]),
 }
 
 
-UNDECODABLE_BODIES = [BAD_BODIES["another encoding"], BAD_BODIES["a number of 5000 digits"]]
-
-
-@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES.keys())
-@pytest.mark.parametrize("route", ["register", "login", "refresh", "logout"])
-def test_the_response_to_a_malformed_body_does_not_quote_it(client, route, body):
+@pytest.mark.parametrize(("body", "statuses"), BAD_BODIES.values(), ids=BAD_BODIES.keys())
+@ALL_ROUTES
+def test_the_response_to_a_malformed_body_does_not_quote_it(client, route, body, statuses):
     response = client.post(f"/auth/{route}", content=body, headers=AS_JSON)
+    assert response.status_code in statuses
     assert "unter2" not in response.text
-    if body in UNDECODABLE_BODIES:
-        assert response.status_code == 400
-    elif body == BAD_BODIES["deeply nested"]:
-        # It depends on the depth at which the parser of this Python stops.
-        assert response.status_code in (400, 422)
-    else:
-        assert response.status_code == 422
+    assert "[[[" not in response.text
     if response.status_code == 400:
         assert response.json() == {"detail": "There was an error parsing the body"}
     else:
         for error in response.json()["detail"]:
             assert error.keys() == {"loc", "msg", "type"}
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain"])
+@ALL_ROUTES
+def test_a_body_of_another_content_type_is_rejected_and_not_quoted(client, route, content_type):
+    body = json.dumps({"email": "a@example.com", "password": SECRET, "refresh_token": SECRET})
+    response = client.post(f"/auth/{route}", content=body, headers={"Content-Type": content_type})
+    assert response.status_code == 422
+    assert SECRET not in response.text
 
 
 @pytest.mark.parametrize("route", ["register", "login"])
@@ -81,7 +91,7 @@ def test_a_lone_surrogate_is_an_invalid_token(client):
     assert is_invalid_token(client.post("/auth/refresh", content=body, headers=AS_JSON))
 
 
-@pytest.mark.parametrize("route", ["register", "login", "refresh", "logout"])
+@ALL_ROUTES
 def test_a_body_over_8_kib_is_rejected_with_and_without_a_content_length(client, route):
     for size, expected in ((8 * 1024, 422), (8 * 1024 + 1, 413)):
         for content in (b" " * size, iter([b" " * size])):

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pymongo
 import pytest
-from test_faults import Mongod
+from helpers import Mongod
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 MODULES = ("app.py", "auth.py", "db.py")

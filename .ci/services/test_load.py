@@ -1,0 +1,225 @@
+"""Tests of a service that is flooded, lacks memory or has a slow database."""
+
+import asyncio
+import contextlib
+import json
+import resource
+import shutil
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pymongo
+import pytest
+from argon2 import PasswordHasher
+from bson import ObjectId
+from helpers import PASSWORD, Service, free_port, listens, new_email, wait_until
+
+
+def test_guessing_with_several_clients_and_workers_is_limited(mongod):
+    service = Service(mongod.uri, "--workers", "2")
+    wait_until(lambda: service.log.count("startup complete") == 2, 30)
+    email = new_email()
+    tokens = service.register(email).body
+    stop = time.monotonic() + 8
+
+    def guess(_):
+        statuses = []
+        while time.monotonic() < stop:
+            statuses.append(service.login(email, "wrong").status)
+        return statuses
+
+    with ThreadPoolExecutor(6) as pool:
+        statuses = [status for each in pool.map(guess, range(6)) for status in each]
+    print(f"{len(statuses)} logins, {statuses.count(401)} passwords checked")
+    assert set(statuses) == {401, 429}
+    # Each client can have one login in progress when the fifth failure is recorded.
+    assert 5 <= statuses.count(401) <= 5 + 6
+    assert service.me(tokens["access_token"]).status == 200
+    assert service.refresh(tokens["refresh_token"]).status == 200
+    service.stop()
+
+
+def test_without_memory_for_a_hash_logins_and_registrations_are_503(mongod, service):
+    email = new_email()
+    service.register(email)
+    assert service.login(email).status == 200
+    process = service.process.pid
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[0])
+    old_limit = resource.prlimit(process, resource.RLIMIT_AS)
+    # Another thread fits, the 64 MiB of a hash do not.
+    limit = pages * resource.getpagesize() + 48 * 1024**2
+    resource.prlimit(process, resource.RLIMIT_AS, (limit, old_limit[1]))
+    with ThreadPoolExecutor(4) as pool:
+        logins = [pool.submit(service.login, email) for _ in range(8)]
+        logins.append(pool.submit(service.login, email, "wrong"))
+        assert {login.result().status for login in logins} == {503}
+    assert service.register(new_email()).status == 503
+    resource.prlimit(process, resource.RLIMIT_AS, old_limit)
+    wait_until(lambda: service.log.count("The service is overloaded: ") == 10, 3)
+    with pymongo.MongoClient(mongod.uri) as client:
+        assert "login_failures" not in client.faults.users.find_one({"email": email})
+    assert service.login(email).status == 200
+
+
+class SlowProxy(threading.Thread):
+    """A proxy of MongoDB whose answers arrive later by this number of seconds."""
+
+    def __init__(self, mongod, delay):
+        super().__init__(daemon=True)
+        self.target, self.delay, self.port = mongod.port, delay, free_port()
+        self.start()
+        wait_until(lambda: listens(self.port), 10)
+
+    def run(self):
+        asyncio.run(self.serve())
+
+    async def serve(self):
+        async with await asyncio.start_server(self.connect, "127.0.0.1", self.port) as server:
+            await server.serve_forever()
+
+    async def connect(self, reader, writer):
+        with contextlib.suppress(OSError):
+            from_mongod, to_mongod = await asyncio.open_connection("127.0.0.1", self.target)
+            await asyncio.gather(
+                self.forward(reader, to_mongod, 0), self.forward(from_mongod, writer, self.delay)
+            )
+
+    async def forward(self, reader, writer, delay):
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                loop.call_later(delay, writer.write, data)
+        loop.call_later(delay, writer.close)
+
+
+def test_a_slow_database_delays_neither_hashes_nor_refused_bodies(mongod):
+    service = Service(f"mongodb://127.0.0.1:{SlowProxy(mongod, 0.5).port}")
+    stop = time.monotonic() + 8
+    statuses, refused = [], []
+
+    def register_often(number):
+        while time.monotonic() < stop:
+            source = f"127.0.1.{number + 1}"
+            statuses.append(service.register(new_email(), source=source).status)
+
+    def send_bad_bodies():
+        while time.monotonic() < stop:
+            response = service.request("POST", "/auth/register", {}, source="127.0.2.1")
+            assert response.status == 422
+            refused.append(response.seconds)
+            time.sleep(0.1)
+
+    with ThreadPoolExecutor(17) as pool:
+        requests = [pool.submit(register_often, number) for number in range(16)]
+        requests.append(pool.submit(send_bad_bodies))
+        for request in requests:
+            request.result()
+    print(f"{statuses.count(201)} registrations, refused bodies: slowest {max(refused):.2f} s")
+    assert set(statuses) == {201}
+    assert len(statuses) > 40
+    assert max(refused) < 0.5
+    service.stop()
+
+
+def test_2000_aborted_logins_leave_no_place_taken(mongod, service):
+    email = new_email()
+    service.register(email)
+    body = json.dumps({"email": email, "password": PASSWORD}).encode()
+    head = f"POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    request = head.encode() + b"Content-Type: application/json\r\n\r\n" + body
+
+    def abort_logins(number):
+        for _ in range(100):
+            source = (f"127.0.1.{number + 1}", 0)
+            with socket.create_connection(("127.0.0.1", service.port), 5, source) as client:
+                client.sendall(request)
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(abort_logins, range(20)))
+    wait_until(lambda: service.login(email).status == 200, 20)
+    # One network can take half of the places again.
+    with ThreadPoolExecutor(8) as pool:
+        logins = [pool.submit(service.login, email) for _ in range(8)]
+        assert {login.result().status for login in logins} == {200}
+
+
+def test_a_flood_of_logins_from_one_address_does_not_lock_out_another(mongod, service):
+    alice, bob = new_email(), new_email()
+    token = service.register(alice).body["access_token"]
+    service.register(bob)
+    stop = time.monotonic() + 8
+
+    def flood(_):
+        while time.monotonic() < stop:
+            service.login(bob, source="127.0.1.1")
+
+    with ThreadPoolExecutor(64) as pool:
+        floods = [pool.submit(flood, number) for number in range(64)]
+        time.sleep(1)
+        logins, reads = [], []
+        while time.monotonic() < stop:
+            logins.append(service.login(alice, source="127.0.2.1"))
+            reads.append(service.me(token))
+        for each in floods:
+            each.result()
+    slowest_login = max(login.seconds for login in logins)
+    slowest_read = max(read.seconds for read in reads)
+    print(f"{len(logins)} logins, slowest {slowest_login:.1f} s, me {slowest_read:.2f} s")
+    assert {login.status for login in logins} == {200}
+    assert {read.status for read in reads} == {200}
+    assert slowest_login < 4
+    assert slowest_read < 1
+
+
+def test_simultaneous_registrations_after_the_collection_was_dropped(mongod):
+    service = Service(mongod.uri, "--workers", "2")
+    wait_until(lambda: service.log.count("startup complete") == 2, 30)
+    service.register(new_email())
+    for _ in range(3):
+        with pymongo.MongoClient(mongod.uri) as client:
+            client.faults.users.drop()
+        email = new_email()
+        with ThreadPoolExecutor(12) as pool:
+            responses = pool.map(
+                lambda number, email=email: service.register(email, source=f"127.0.1.{number + 1}"),
+                range(12),
+            )
+            statuses = sorted(response.status for response in responses)
+        assert statuses == [201] + [409] * 11
+        assert mongod.has_unique_index()
+    service.stop()
+
+
+def test_simultaneous_logins_with_an_older_hash_all_succeed(mongod):
+    service = Service(mongod.uri, "--workers", "2")
+    wait_until(lambda: service.log.count("startup complete") == 2, 30)
+    email = new_email()
+    user_id = service.register(email).body["user_id"]
+    older_hash = PasswordHasher(time_cost=1, memory_cost=1024).hash(PASSWORD)
+    with pymongo.MongoClient(mongod.uri) as client:
+        user = {"_id": ObjectId(user_id)}
+        client.faults.users.update_one(user, {"$set": {"password_hash": older_hash}})
+    with ThreadPoolExecutor(12) as pool:
+        responses = pool.map(
+            lambda number: service.login(email, source=f"127.0.1.{number + 1}"), range(12)
+        )
+        assert [response.status for response in responses] == [200] * 12
+    service.stop()
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs faketime")
+def test_a_login_at_a_worker_with_a_slow_clock_works_beside_20_newer_sessions(mongod, service):
+    email = new_email()
+    service.register(email)
+    for _ in range(19):
+        assert service.login(email).status == 200
+    slow_service = Service(mongod.uri, prefix=("faketime", "-f", "-3d"))
+    tokens = slow_service.login(email).body
+    assert slow_service.me(tokens["access_token"]).status == 200
+    assert slow_service.refresh(tokens["refresh_token"]).status == 200
+    with pymongo.MongoClient(mongod.uri) as client:
+        assert len(client.faults.users.find_one({"email": email})["refresh_tokens"]) == 20
+    slow_service.stop()
