@@ -120,6 +120,8 @@ def get_collection() -> Collection[Document]:
                 timeoutMS=TIMEOUT_MS,
                 # The limit for connecting to a server, and for a DNS lookup of mongodb+srv.
                 connectTimeoutMS=TIMEOUT_MS,
+                # A burst of requests needs many connections at once. The default is 2.
+                maxConnecting=16,
             )
         # These settings take precedence over the options in MONGO_URI. A session that was
         # reported as stored or revoked must not change when a server fails.
