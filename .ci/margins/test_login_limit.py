@@ -1,81 +1,129 @@
 """Tests of the login limit at its margins."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 from argon2 import PasswordHasher
+from bson import ObjectId
 
 import auth
 import db
-from test_app import (
-    ADDRESS,
-    client_at,
-    login,
-    logout,
-    refresh,
-    register,
-    stored_user,
-)
+from test_app import ADDRESS, client_at, login, logout, refresh, register, stored_user
 
-MINUTE, HOUR, DAY = 60, 60 * 60, 24 * 60 * 60  # seconds
+MINUTE, HOUR = 60, 60 * 60  # seconds
+STRANGER = "192.0.2.7"  # in a network in which the user has no session
+
+
+@pytest.fixture
+def stranger(client):
+    return client_at(client, STRANGER)
 
 
 def addresses(number):
-    return [
-        f"203.0.113.{host}" if host < 256 else f"198.51.100.{host - 256}" for host in range(number)
+    return [f"203.0.{host // 256}.{host % 256}" for host in range(number)]
+
+
+def store_failures(tokens, ages):
+    """Store failed logins of a user, as pairs of a network and an age in seconds."""
+    failures = [
+        {"network": network, "failed_at": auth.now() - timedelta(seconds=age)}
+        for network, age in ages
     ]
+    user = {"_id": ObjectId(tokens["user_id"])}
+    db.users.update_one(user, {"$set": {"login_failures": failures}})
 
 
-def failure(network, seconds_ago):
-    """Return a failed login as it is stored."""
-    return {"network": network, "failed_at": datetime.now(UTC) - timedelta(seconds=seconds_ago)}
+def store_failures_of_100_networks(tokens, age=10):
+    store_failures(tokens, [(network, age) for network in addresses(100)])
 
 
-def store_failures(email, failures):
-    db.users.update_one({"email": email}, {"$set": {"login_failures": failures}})
+def retry_after(response):
+    """Return the wait of a 429 in seconds, or None for another response."""
+    return int(response.headers["Retry-After"]) if response.status_code == 429 else None
+
+
+# The windows
 
 
 @pytest.mark.parametrize(
     ("ages", "wait"),
     [
-        ([0.0] * 4, None),
+        # At most five in a minute.
+        ([0] * 4, None),
         ([0] * 5, MINUTE),
         ([10, 20, 30, 40, 50], 10),
-        ([10, 20, 30, 40, 60], None),
-        ([50, 40, 30, 20, 10], 10),
+        ([50, 10, 40, 20, 30], 10),
         ([5, 10, 20, 30, 40, 50], 20),
+        ([10, 20, 30, 40, 59], 1),
+        ([10, 20, 30, 40, 60], None),
+        ([59.5] * 5, 1),
+        ([0.5] * 5, MINUTE),
+        # At most twenty in an hour.
         ([100] * 19, None),
         ([100] * 20, HOUR - 100),
+        ([*[100] * 19, HOUR - 1], 1),
+        ([*[100] * 19, HOUR], None),
         ([*[HOUR - 5] * 16, *[100] * 4], 5),
         ([*[HOUR - 5] * 15, *[0] * 5], MINUTE),
+        ([*[HOUR - 90] * 15, *[0] * 5], 90),
         ([HOUR] * 60, None),
+        ([0] * 100, HOUR),
+        # A clock was set back.
         ([-1] * 60, None),
         ([-HOUR] * 60, None),
-        ([-60, *[0] * 5], MINUTE),
-        ([0] * 100, HOUR),
-        ([*[HOUR - 5] * 95, *[0] * 5], MINUTE),
+        ([-1, 0, 0, 0, 0], None),
+        ([-60, 0, 0, 0, 0, 0], MINUTE),
     ],
 )
-def test_the_wait_ends_when_the_oldest_failure_that_counts_expires(
-    client, tokens, email, ages, wait
+def test_the_wait_ends_when_the_oldest_failure_that_counts_leaves_the_window(
+    stranger, tokens, email, set_clock, ages, wait
 ):
-    # A failure is a little older when the login is checked.
-    store_failures(email, [failure(ADDRESS, age + 0.01 if age else 0) for age in ages])
-    response = login(client, email)
-    assert response.status_code == (429 if wait else 200)
-    assert response.headers.get("Retry-After") == (str(wait) if wait else None)
+    store_failures(tokens, [(STRANGER, age) for age in ages])
+    assert retry_after(login(stranger, email)) == wait
+
+
+@pytest.mark.parametrize(
+    ("own_ages", "other_ages", "wait"),
+    [
+        ([], [10] * 99, None),
+        ([], [10] * 100, HOUR - 10),
+        ([10], [10] * 99, HOUR - 10),
+        ([], [*[10] * 99, HOUR - 1], 1),
+        ([], [*[10] * 99, HOUR], None),
+        ([], [*[10] * 99, -1], None),
+        ([0] * 5, [10] * 95, HOUR - 10),
+        ([0] * 5, [HOUR - 5] * 95, MINUTE),
+        ([0] * 20, [10] * 80, HOUR),
+    ],
+)
+def test_failures_of_all_networks_count_in_the_window_of_an_hour(
+    stranger, tokens, email, set_clock, own_ages, other_ages, wait
+):
+    failures = list(zip(addresses(100), other_ages, strict=False))
+    store_failures(tokens, failures + [(STRANGER, age) for age in own_ages])
+    assert retry_after(login(stranger, email)) == wait
 
 
 def test_a_login_is_allowed_exactly_after_retry_after(client, tokens, email, set_clock):
     for second in range(0, 50, 10):
         set_clock(seconds=second)
         assert login(client, email, "wrong").status_code == 401
-    assert login(client, email).headers["Retry-After"] == "20"
+    assert retry_after(login(client, email)) == 20
     set_clock(seconds=59)
-    assert login(client, email).headers["Retry-After"] == "1"
+    assert retry_after(login(client, email)) == 1
     set_clock(seconds=60)
     assert login(client, email, "wrong").status_code == 401
-    assert login(client, email, "wrong").headers["Retry-After"] == "10"
+    assert retry_after(login(client, email, "wrong")) == 10
+
+
+def test_the_newest_100_failures_are_kept(client, tokens, email, set_clock):
+    store_failures(tokens, [("192.0.2.1", 2 * HOUR)] * 100)
+    login(client, email, "wrong")
+    networks = [failure["network"] for failure in stored_user(tokens)["login_failures"]]
+    assert networks == ["192.0.2.1"] * 99 + [ADDRESS]
+
+
+# Guessing
 
 
 def guess_for(hours, client, email, set_clock, owner):
@@ -91,7 +139,7 @@ def guess_for(hours, client, email, set_clock, owner):
             guesses.append(seconds)
             next_guess = seconds
         else:
-            next_guess = seconds + int(response.headers["Retry-After"])
+            next_guess = seconds + retry_after(response)
         while len(owner_statuses) * 600 <= next_guess:
             set_clock(seconds=len(owner_statuses) * 600)
             owner_statuses.append(login(owner, email).status_code)
@@ -111,62 +159,100 @@ def test_a_stranger_who_guesses_for_four_hours_does_not_lock_the_owner_out(
     assert (max(guesses_in_an_hour), max(guesses_in_a_minute)) == (20, 5)
 
 
-def test_five_networks_together_close_an_account_to_new_networks(client, tokens, email, set_clock):
+def test_five_networks_together_close_an_account_to_new_networks(
+    client, stranger, tokens, email, set_clock
+):
     statuses = []
     for minute in range(5):
         set_clock(minutes=minute)
         for number in range(20):
-            stranger = client_at(client, f"203.0.113.{number // 4}")
-            statuses.append(login(stranger, email, "wrong").status_code)
+            guesser = client_at(client, f"203.0.113.{number // 4}")
+            statuses.append(login(guesser, email, "wrong").status_code)
     assert statuses == [401] * 100
-    assert login(client_at(client, "198.51.100.1"), email).status_code == 429
+    assert login(stranger, email).status_code == 429
     assert login(client, email).status_code == 200
 
 
 def test_many_networks_together_check_at_most_100_passwords_an_hour(
-    client, tokens, email, set_clock
+    client, stranger, tokens, email, set_clock
 ):
-    owner = client_at(client, "192.0.2.1")
-    assert login(owner, email).status_code == 200
     statuses = []
     for number, address in enumerate(addresses(260)):
         set_clock(seconds=number * 10)
         statuses.append(login(client_at(client, address), email, "wrong").status_code)
     assert statuses == [401] * 100 + [429] * 160
-    assert login(owner, email).status_code == 200
-    new_network = client_at(client, "192.0.2.2")
-    wait = int(login(new_network, email).headers["Retry-After"])
+    assert login(client, email).status_code == 200
+    wait = retry_after(login(stranger, email))
     assert wait == HOUR - 2590
     set_clock(seconds=2590 + wait - 1)
-    assert login(new_network, email).status_code == 429
+    assert login(stranger, email).status_code == 429
     set_clock(seconds=2590 + wait)
-    assert login(new_network, email).status_code == 200
+    assert login(stranger, email).status_code == 200
 
 
-def test_the_session_of_a_network_still_counts_after_a_refresh(client, tokens, email, set_clock):
-    failures = [failure(address, 10) for address in addresses(100)]
-    db.users.update_one({"email": email}, {"$set": {"login_failures": failures}})
-    assert login(client_at(client, "192.0.2.2"), email).status_code == 429
-    newest = refresh(client_at(client, "192.0.2.2"), tokens["refresh_token"]).json()
-    assert login(client_at(client, "192.0.2.2"), email).status_code == 429
-    assert login(client_at(client, ADDRESS), email).status_code == 200
-    for session in (newest, login(client, email).json(), login(client, email).json()):
-        logout(client, session["refresh_token"])
-    db.users.update_one({"email": email}, {"$set": {"refresh_tokens": []}})
+# Networks with a session
+
+
+def test_a_session_does_not_exempt_its_network_from_its_own_limits(
+    client, tokens, email, set_clock
+):
+    failures = [(network, 10) for network in addresses(95)]
+    store_failures(tokens, failures + [(ADDRESS, 0)] * 5)
+    assert retry_after(login(client, email)) == MINUTE
+
+
+def test_a_session_counts_for_the_network_of_its_login_after_a_refresh(
+    client, stranger, tokens, email
+):
+    store_failures_of_100_networks(tokens)
+    assert refresh(stranger, tokens["refresh_token"]).status_code == 200
+    assert login(stranger, email).status_code == 429
+    assert login(client, email).status_code == 200
+
+
+def test_a_session_that_has_ended_does_not_exempt_its_network(client, tokens, email):
+    store_failures_of_100_networks(tokens)
+    logout(client, tokens["refresh_token"])
     assert login(client, email).status_code == 429
 
 
-def test_an_expired_session_does_not_exempt_its_network(client, tokens, email, set_clock):
-    set_clock(days=7, seconds=-1)
-    now = datetime.now(UTC)
-    failed_at = now + timedelta(days=7, seconds=-10)
-    store_failures(email, [{"network": n, "failed_at": failed_at} for n in addresses(100)])
-    assert login(client, email, "wrong").status_code == 401
-    set_clock(days=7, seconds=1)
-    assert login(client, email).status_code == 429
+@pytest.mark.parametrize(("seconds", "status"), [(-1, 401), (0, 429)])
+def test_a_session_that_has_expired_does_not_exempt_its_network(
+    client, email, set_clock, seconds, status
+):
+    tokens = register(client, email).json()
+    set_clock(days=7, seconds=seconds)
+    store_failures_of_100_networks(tokens)
+    assert login(client, email, "wrong").status_code == status
 
 
-def test_sessions_are_only_looked_up_when_all_networks_reached_the_limit(
+def test_a_session_exempts_its_network_for_7_days_from_its_last_refresh(client, email, set_clock):
+    tokens = register(client, email).json()
+    set_clock(days=6)
+    refresh(client, tokens["refresh_token"])
+    set_clock(days=12)
+    store_failures_of_100_networks(tokens)
+    assert login(client, email).status_code == 200
+
+
+def test_a_live_session_elsewhere_does_not_exempt_the_network_of_an_expired_one(
+    client, stranger, email, set_clock
+):
+    tokens = register(stranger, email).json()
+    set_clock(days=8)
+    assert login(client, email).status_code == 200
+    store_failures_of_100_networks(tokens)
+    assert login(stranger, email).status_code == 429
+    assert login(client, email).status_code == 200
+
+
+def test_a_session_of_another_user_does_not_exempt_its_network(stranger, tokens, email):
+    assert register(stranger, "other-" + email).status_code == 201
+    store_failures_of_100_networks(tokens)
+    assert login(stranger, email).status_code == 429
+
+
+def test_sessions_are_only_looked_up_when_all_networks_have_reached_the_limit(
     client, tokens, email, monkeypatch
 ):
     looked_up = []
@@ -177,11 +263,14 @@ def test_sessions_are_only_looked_up_when_all_networks_reached_the_limit(
         return has_session_since(*args)
 
     monkeypatch.setattr(db, "has_session_since", record)
-    store_failures(email, [failure(address, 10) for address in addresses(99)])
+    store_failures(tokens, [(network, 10) for network in addresses(99)])
     assert login(client, email, "wrong").status_code == 401
     assert looked_up == []
     assert login(client, email).status_code == 200
     assert len(looked_up) == 1
+
+
+# Addresses
 
 
 @pytest.mark.parametrize(
@@ -220,6 +309,9 @@ def test_a_log_line_contains_a_valid_address_or_unknown(client, email, events, a
     assert events()[-1][1] == f"authn_login_fail user=unknown network={logged}"
 
 
+# A login that has to wait
+
+
 @pytest.fixture
 def locked(client, tokens, email):
     """The tokens of a user who has to wait after five wrong passwords."""
@@ -246,12 +338,13 @@ def test_a_locked_account_does_not_affect_other_accounts(client, locked, email):
     assert login(client, "unknown-" + email).status_code == 401
 
 
-def test_the_newest_100_failures_are_kept(client, tokens, email):
-    old = [failure("192.0.2.1", 2 * HOUR) for _ in range(100)]
-    db.users.update_one({"email": email}, {"$set": {"login_failures": old}})
-    login(client, email, "wrong")
-    networks = [failure["network"] for failure in stored_user(tokens)["login_failures"]]
-    assert networks == ["192.0.2.1"] * 99 + [ADDRESS]
+def test_the_right_password_resets_the_limit_of_its_network(client, tokens, email):
+    for _ in range(3):
+        attempts = [login(client, email, "wrong") for _ in range(4)] + [login(client, email)]
+        assert [response.status_code for response in attempts] == [401] * 4 + [200]
+
+
+# Unknown emails
 
 
 def test_wrong_passwords_for_an_unknown_email_are_never_limited(client, email):

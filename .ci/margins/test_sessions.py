@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jwt
 import pytest
+from bson import ObjectId
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,8 +22,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+import auth
+import db
 import test_app
-from test_app import ObjectId, auth, claims_of, client_at, db, login, me, stored_user
+from test_app import AnyDatetime, claims_of, client_at, login, me, stored_user
 
 HOME, ELSEWHERE = "192.0.2.1", "192.0.2.2"
 MINUTE, HOUR, DAY = 60, 60 * 60, 24 * 60 * 60  # seconds
@@ -33,11 +36,6 @@ COMMON = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-class AnyDatetime(type):
-    def __instancecheck__(cls, value):
-        return isinstance(value, datetime)
 
 
 class Clock(datetime, metaclass=AnyDatetime):

@@ -111,9 +111,9 @@ class Response(NamedTuple):
 
 
 class Service:
-    def __init__(self, uri, *options, prefix=(), seconds=30, **variables):
+    def __init__(self, uri, *options, app="app:app", prefix=(), seconds=30, **variables):
         self.port = free_port()
-        command = (*UVICORN, "--port", str(self.port), *options)
+        command = ("-m", "uvicorn", app, "--no-access-log", "--port", str(self.port), *options)
         self.process = start_command(uri, *command, prefix=prefix, **variables)
         self.lines = []
         read = functools.partial(self.lines.extend, self.process.stderr)

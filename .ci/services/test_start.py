@@ -79,15 +79,6 @@ def test_app_py_logs_an_unreachable_mongodb_once():
     assert "Traceback" not in log
 
 
-def test_an_exited_worker_is_replaced_without_losing_the_service(mongod):
-    service = Service(mongod.uri, "--workers", "2")
-    wait_until(lambda: service.log.count("startup complete") == 2, 30)
-    os.kill(int(service.workers()[0]), signal.SIGKILL)
-    wait_until(lambda: service.log.count("startup complete") == 3, 30)
-    assert service.register(new_email()).status == 201
-    service.stop()
-
-
 def test_uvicorn_logs_security_events_with_time_and_level(mongod, service):
     email = new_email()
     service.register(email)
