@@ -216,16 +216,25 @@ UNKNOWN_USER: db.Document = {
 }
 
 
+def find_user_within_limit(email: str, network: str) -> db.Document:
+    """Return the user, or UNKNOWN_USER. Raises TooManyFailedLogins."""
+    user = db.find_user_by_email(email) or UNKNOWN_USER
+    check_login_limit(user, network)
+    return user
+
+
 def authenticate(email: str, password: str, network: str) -> tuple[str, str]:
     """Return the user's id and the password hash that was verified.
 
     Raises WrongCredentials, TooManyFailedLogins or Overloaded.
     """
     while True:
-        user = db.find_user_by_email(email) or UNKNOWN_USER
+        user = find_user_within_limit(email, network)
         user_id, password_hash = str(user["_id"]), user["password_hash"]
-        check_login_limit(user, network)
-        if not verify_password(password_hash, password):
+        is_correct = verify_password(password_hash, password)
+        # Other guesses can have reached the limit while this one waited for its hash.
+        find_user_within_limit(email, network)
+        if not is_correct:
             db.record_failed_login(email, network, now())
             logger.warning("authn_login_fail user=%s network=%s", user_id, network)
             raise WrongCredentials

@@ -9,6 +9,7 @@ from conftest import in_parallel, run_in_pairs
 import auth
 import db
 from test_app import (
+    ADDRESS,
     CHEAP_HASHER,
     PASSWORD,
     claims_of,
@@ -201,3 +202,18 @@ def test_a_token_from_a_host_whose_clock_is_ahead_is_accepted(client, email, set
     set_clock(hours=0)
     assert me(client, tokens["access_token"]).status_code == 200
     assert refresh(client, tokens["refresh_token"]).status_code == 200
+
+
+def test_a_guess_is_rejected_if_others_reach_the_limit_meanwhile(
+    client, tokens, email, monkeypatch
+):
+    verify_password = auth.verify_password
+
+    def verify_after_five_failures(*args):
+        for _ in range(5):
+            db.record_failed_login(email, ADDRESS, auth.now())
+        return verify_password(*args)
+
+    monkeypatch.setattr(auth, "verify_password", verify_after_five_failures)
+    for password in (PASSWORD, "wrong"):
+        assert login(client, email, password).status_code == 429

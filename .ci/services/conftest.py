@@ -7,7 +7,13 @@ import sys
 
 import pymongo
 import pytest
-from helpers import ROOT, Mongod, Service, free_port, listens, wait_until
+from helpers import ROOT, Mongod, Service, free_port, kill_running_services, listens, wait_until
+
+
+@pytest.fixture(autouse=True)
+def no_service_remains():
+    yield
+    kill_running_services()
 
 
 @pytest.fixture

@@ -88,19 +88,32 @@ class Mongod:
 
 
 UVICORN = ("-m", "uvicorn", "app:app", "--no-access-log")
+running = []  # the services, of which a failed test does not end its own
 
 
 def start_command(uri, *command, prefix=(), folder=ROOT, **variables):
     """Start Python with a command of the service, which uses the MongoDB at the URI."""
     key = uuid.uuid4().hex if uri else ""
     settings = {"MONGO_URI": uri, "MONGO_DB_NAME": "faults", "JWT_SECRET_KEY": key}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*prefix, sys.executable, *command],
         cwd=folder,
         env=os.environ | settings | variables,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
+    running.append(process)
+    return process
+
+
+def kill_running_services():
+    """End the services, with their workers, that a test has not ended."""
+    while running:
+        process = running.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 class Response(NamedTuple):

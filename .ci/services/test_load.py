@@ -98,7 +98,7 @@ class SlowProxy(threading.Thread):
 
 
 def test_a_slow_database_delays_neither_hashes_nor_refused_bodies(mongod):
-    service = Service(f"mongodb://127.0.0.1:{SlowProxy(mongod, 0.5).port}")
+    service = Service(f"mongodb://127.0.0.1:{SlowProxy(mongod, 0.7).port}")
     stop = time.monotonic() + 8
     statuses, refused = [], []
 
@@ -121,7 +121,8 @@ def test_a_slow_database_delays_neither_hashes_nor_refused_bodies(mongod):
             request.result()
     print(f"{statuses.count(201)} registrations, refused bodies: slowest {max(refused):.2f} s")
     assert set(statuses) == {201}
-    assert len(statuses) > 40
+    # If hashes waited for the database, the two threads could do at most 20.
+    assert len(statuses) > 30
     assert max(refused) < 0.5
     service.stop()
 
@@ -148,31 +149,37 @@ def test_2000_aborted_logins_leave_no_place_taken(mongod, service):
         assert {login.result().status for login in logins} == {200}
 
 
-def test_a_flood_of_logins_from_one_address_does_not_lock_out_another(mongod, service):
-    alice, bob = new_email(), new_email()
-    token = service.register(alice).body["access_token"]
-    service.register(bob)
-    stop = time.monotonic() + 8
+@contextlib.contextmanager
+def flood_of_logins(service, seconds, networks):
+    """Log in with 64 clients. The value is the end of the flood, as a time of monotonic()."""
+    stop = time.monotonic() + seconds
 
-    def flood(_):
+    def login_often(number):
         while time.monotonic() < stop:
-            service.login(bob, source="127.0.1.1")
+            service.login("bob@example.com", source=f"127.0.1.{number % networks + 1}")
 
     with ThreadPoolExecutor(64) as pool:
-        floods = [pool.submit(flood, number) for number in range(64)]
-        time.sleep(1)
-        logins, reads = [], []
+        clients = [pool.submit(login_often, number) for number in range(64)]
+        time.sleep(0.5)
+        yield stop
+        for client in clients:
+            client.result()
+
+
+def test_a_flood_of_logins_from_one_address_does_not_lock_out_another(service):
+    email = new_email()
+    token = service.register(email).body["access_token"]
+    logins, reads = [], []
+    with flood_of_logins(service, seconds=7, networks=1) as stop:
         while time.monotonic() < stop:
-            logins.append(service.login(alice, source="127.0.2.1"))
+            logins.append(service.login(email, source="127.0.2.1"))
             reads.append(service.me(token))
-        for each in floods:
-            each.result()
     slowest_login = max(login.seconds for login in logins)
     slowest_read = max(read.seconds for read in reads)
     print(f"{len(logins)} logins, slowest {slowest_login:.1f} s, me {slowest_read:.2f} s")
     assert {login.status for login in logins} == {200}
     assert {read.status for read in reads} == {200}
-    assert slowest_login < 4
+    assert slowest_login < 5
     assert slowest_read < 1
 
 
@@ -180,6 +187,7 @@ HOST_WITH_10_THREADS = """
 from contextlib import asynccontextmanager
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI
+import auth
 from app import router
 
 @asynccontextmanager
@@ -189,35 +197,29 @@ async def use_10_threads(_):
 
 app = FastAPI(lifespan=use_10_threads)
 app.include_router(router)
+auth.HASH_QUEUE_SIZE = QUEUE_SIZE
 """
 
 
-@pytest.mark.parametrize("networks", [1, 64])
-def test_me_works_in_a_flood_of_logins_with_a_pool_of_10_threads(mongod, tmp_path, networks):
-    (tmp_path / "host.py").write_text(HOST_WITH_10_THREADS)
+# One network occupies at most half of the queue, and several networks all of it.
+@pytest.mark.parametrize(("queue_size", "networks"), [(16, 1), (6, 64)])
+def test_me_works_in_a_flood_of_logins_with_a_pool_of_10_threads(
+    mongod, tmp_path, queue_size, networks
+):
+    code = HOST_WITH_10_THREADS.replace("QUEUE_SIZE = QUEUE_SIZE", f"QUEUE_SIZE = {queue_size}")
+    (tmp_path / "host.py").write_text(code)
     service = Service(mongod.uri, "--app-dir", str(tmp_path), app="host:app")
-    email = new_email()
-    token = service.register(email).body["access_token"]
-    stop = time.monotonic() + 6
-
-    def flood(number):
-        while time.monotonic() < stop:
-            service.login("unknown@example.com", source=f"127.0.1.{number % networks + 1}")
-
-    with ThreadPoolExecutor(64) as pool:
-        floods = [pool.submit(flood, number) for number in range(64)]
-        time.sleep(1)
-        reads = []
+    token = service.register(new_email()).body["access_token"]
+    reads = []
+    with flood_of_logins(service, seconds=5, networks=networks) as stop:
         while time.monotonic() < stop:
             reads.append(service.me(token))
             time.sleep(0.05)
-        for each in floods:
-            each.result()
-    seconds = sorted(read.seconds for read in reads)
+    seconds = [read.seconds for read in reads]
     print(
         f"{networks} networks: {len(reads)} reads, median {statistics.median(seconds):.2f} s, "
-        f"slowest {seconds[-1]:.2f} s"
+        f"slowest {max(seconds):.2f} s"
     )
     assert {read.status for read in reads} == {200}
-    assert seconds[-1] < 5
+    assert max(seconds) < 3
     service.stop()
