@@ -125,6 +125,18 @@ class Response(NamedTuple):
 
 class Service:
     def __init__(self, uri, *options, app="app:app", prefix=(), seconds=30, **variables):
+        end = time.monotonic() + seconds
+        self.start(uri, options, app, prefix, variables)
+        while not listens(self.port):
+            assert time.monotonic() < end, f"not within {seconds} s: {self.log}"
+            if self.process.poll() is not None:
+                self.reader.join(10)
+                # Another connection can have taken the port in the meantime.
+                assert "address already in use" in self.log, self.log
+                self.start(uri, options, app, prefix, variables)
+            time.sleep(0.1)
+
+    def start(self, uri, options, app, prefix, variables):
         self.port = free_port()
         command = ("-m", "uvicorn", app, "--no-access-log", "--port", str(self.port), *options)
         self.process = start_command(uri, *command, prefix=prefix, **variables)
@@ -132,7 +144,6 @@ class Service:
         read = functools.partial(self.lines.extend, self.process.stderr)
         self.reader = threading.Thread(target=read, daemon=True)
         self.reader.start()
-        wait_until(lambda: listens(self.port), seconds)
 
     @property
     def log(self):
