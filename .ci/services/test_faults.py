@@ -29,7 +29,9 @@ def test_an_outage_with_200_clients(mongod, service, fault, repair):
 
     def request_me():
         while time.monotonic() < stop:
-            during.append(service.me(token))
+            response = service.me(token)
+            during.append(response)
+            time.sleep(response.retry_after)
 
     def request_without_database():
         while time.monotonic() < stop:
