@@ -1,4 +1,4 @@
-"""Tests of clients that are generated from the service's OpenAPI document.
+"""Tests of clients that are generated from the service's OpenAPI document, and of the diagram.
 
 The npm packages come from the lock file in client/, Node from PyPI.
 """
@@ -6,6 +6,7 @@ The npm packages come from the lock file in client/, Node from PyPI.
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,3 +113,10 @@ def test_a_python_client_has_a_module_for_each_route_and_parses_errors(
     ended = refresh.sync(client=client, body=body)
     assert ended == me.sync(client=authenticated)
     assert isinstance(ended.detail, str)
+
+
+def test_the_diagram_in_the_readme_is_valid_mermaid(npm_folder):
+    readme = (ROOT / "README.md").read_text()
+    [diagram] = re.findall(r"^```mermaid\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    command = [BIN / "node", "diagram.js"]
+    subprocess.run(command, cwd=npm_folder, input=diagram, text=True, check=True, timeout=60)
