@@ -39,8 +39,7 @@ Email = Annotated[
     AfterValidator(normalize_email),
     Field(examples=["alice@example.com"]),
 ]
-# Pydantic applies the annotations from left to right, but runs a BeforeValidator before all that
-# stand to its left. So the length is that of the NFC form.
+# Pydantic runs a BeforeValidator first, so max_length counts the characters of the NFC form.
 Password = Annotated[
     str,
     Field(max_length=128, repr=False, examples=["MyS3cret@1"]),
@@ -78,7 +77,7 @@ class Error(BaseModel):
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the description of these error responses for the OpenAPI document."""
+    """Return the OpenAPI descriptions of these error responses."""
     return {status: {"model": Error} for status in statuses}
 
 
@@ -86,7 +85,7 @@ REJECTION_DELAY = 0.5  # seconds
 
 
 class AuthRoute(APIRoute):
-    """A route that does not quote its input in a 422, delays a rejection and forbids caching."""
+    """A route that omits the input from a 422, delays a rejection and forbids caching."""
 
     # FastAPI calls this once per route, for the function that handles the requests.
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -116,7 +115,7 @@ class AuthRoute(APIRoute):
 async def prepare_database(_: FastAPI) -> AsyncIterator[None]:
     """Prepare the database before the first request of an app that includes the router."""
     if db.ENV_FILE:
-        logger.info("Settings that are not environment variables are read from %s.", db.ENV_FILE)
+        logger.info("Settings that are missing from the environment are read from %s.", db.ENV_FILE)
     if not db.MONGO_URI:
         logger.warning("Users are kept in memory, separately in each worker.")
         logger.warning("Set MONGO_URI and JWT_SECRET_KEY to keep them.")
@@ -129,7 +128,7 @@ router = APIRouter(
     tags=["auth"],
     route_class=AuthRoute,
     lifespan=prepare_database,
-    max_body_size=8 * 1024,  # bytes
+    max_body_size=8 * 1024,  # bytes; requires FastAPI 0.164
     generate_unique_id_function=lambda route: route.name,
     # A 413 can be plain text.
     responses=errors(503) | {413: {}},
@@ -145,6 +144,7 @@ def register(credentials: NewCredentials, network: auth.ClientNetwork) -> auth.T
     user_id = db.create_user(credentials.email, password_hash, session, network)
     if user_id is None:
         raise HTTPException(409, "This email is already registered")
+    # OWASP's Logging Vocabulary makes this event a warning.
     logger.warning("user_created user=%s session=%s network=%s", user_id, session["sid"], network)
     return auth.create_tokens(user_id, session)
 
@@ -191,7 +191,7 @@ ORIGIN_PATTERN = re.compile(r"[a-z-]+://[a-z0-9._:\[\]-]+")
 
 
 def read_cors_origins() -> list[str]:
-    """Return the origins of browser front ends, which are separated by commas."""
+    """Return the origins of browser front ends as a list."""
     setting = db.read_setting("CORS_ORIGINS")
     return [origin.strip() for origin in setting.split(",")] if setting else []
 
@@ -202,6 +202,7 @@ CORS_ORIGINS = read_cors_origins()
 def configure_standalone() -> None:
     """Configure logging unless it is configured already, and check CORS_ORIGINS."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Not checked on import: an app that only includes the router does not use CORS_ORIGINS.
     if not all(map(ORIGIN_PATTERN.fullmatch, CORS_ORIGINS)):
         db.abort_startup("CORS_ORIGINS must list origins such as http://localhost:5173.")
 
@@ -214,21 +215,21 @@ async def start_standalone(_: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(title="auth-jwt", lifespan=start_standalone)
-# Runs the lifespan of the router after that of the application.
+# The lifespan of the router runs after that of the application.
 app.include_router(router)
 if CORS_ORIGINS:
     app.add_middleware(
         CORSMiddleware,
         allow_origins=CORS_ORIGINS,
         allow_methods=["GET", "POST"],
-        # Tracing tools add headers of their own.
+        # Tracing tools add their own headers.
         allow_headers=["*"],
         expose_headers=["Retry-After", "WWW-Authenticate"],
     )
 
 if __name__ == "__main__":
-    # A failure in the lifespan would also print a traceback.
+    # The lifespans do this, too. But a sys.exit() in a lifespan also prints a traceback.
     configure_standalone()
     db.prepare_collection()
-    # Longer than the slowest response, and shorter than Docker waits before it kills.
+    # Responses are faster, even in an outage. Docker kills the process after 10 seconds.
     uvicorn.run(app, port=5000, timeout_graceful_shutdown=8)

@@ -1,4 +1,4 @@
-"""Passwords, the login limit, login, tokens, sessions, the current user and the hash queue."""
+"""Settings, passwords, the login limit, login, tokens, sessions, current user and hash queue."""
 
 import ipaddress
 import logging
@@ -23,8 +23,7 @@ from pydantic_core import PydanticCustomError
 
 import db
 
-# The names and levels of the security events are those of OWASP's Logging Vocabulary. For
-# example, it makes user_created a warning.
+# The names and levels of the security events follow OWASP's Logging Vocabulary.
 logger = logging.getLogger("auth_jwt")
 
 
@@ -39,7 +38,7 @@ def read_key() -> bytes:
     if not key:
         return secrets.token_bytes(32)
     try:
-        # Signing checks that the key is long enough (RFC 7518 section 3.2) and no public key.
+        # Signing checks that the key is long enough (RFC 7518 section 3.2) and is not a public key.
         jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, key, algorithm="HS256")
     except jwt.InvalidKeyError:
         db.abort_startup("JWT_SECRET_KEY must be at least 32 random bytes; see .env.example.")
@@ -90,14 +89,15 @@ def check_password_strength(password: str) -> str:
 
 
 class Overloaded(HTTPException):
-    """The error response when the hash queue is full, or memory or threads are lacking."""
+    """The error response when the hash queue is full, or no memory or thread is available."""
 
     def __init__(self) -> None:
         super().__init__(503, "The service is overloaded; try again", {"Retry-After": "1"})
 
 
-# A hash takes 64 MiB and about 0.1 s. Others wait in this executor, first come, first served.
-hash_threads = ThreadPoolExecutor(2, "hash")
+# A hash takes 64 MiB and about 0.1 s. Two threads limit the memory and leave time for requests
+# that need no hash. Further hashes wait in the executor, first come, first served.
+hash_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hash")
 
 
 def hash_password(password: str) -> str:
@@ -110,17 +110,23 @@ def hash_password(password: str) -> str:
         raise Overloaded from None
 
 
+# argon2-cffi raises one exception for these reasons and for a damaged hash.
+ARGON2_OVERLOAD_MESSAGES = ("Memory allocation error", "Threading failure")
+
+
 def verify_password(password_hash: str, password: str) -> bool:
-    """Return whether the hash is that of the password. Raises Overloaded."""
+    """Return whether the password matches the hash. Raises Overloaded."""
     try:
         return hash_threads.submit(hasher.verify, password_hash, password).result()
-    except (Argon2Error, ValueError, MemoryError, RuntimeError) as error:
-        is_overloaded = isinstance(error, MemoryError | RuntimeError)
-        # argon2-cffi raises the same error for these reasons and for a damaged hash.
-        if not is_overloaded and str(error) not in ("Memory allocation error", "Threading failure"):
-            return False
+    except (MemoryError, RuntimeError) as error:
         logger.error("The service is overloaded: %r", error)
         raise Overloaded from None
+    except (Argon2Error, ValueError) as error:
+        if str(error) in ARGON2_OVERLOAD_MESSAGES:
+            logger.error("The service is overloaded: %r", error)
+            raise Overloaded from None
+        # A wrong password, or a damaged hash.
+        return False
 
 
 # The client's network
@@ -134,13 +140,13 @@ async def get_client_network(request: Request) -> str:
     try:
         address = ipaddress.ip_address(request.client.host if request.client else "")
     except ValueError:
-        # X-Forwarded-For can contain any text.
+        # uvicorn can take the host from X-Forwarded-For, which can contain any text.
         return "unknown"
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
     if address.ipv4_mapped:
         return str(address.ipv4_mapped)
-    # One customer has at least a /64 network, and could use a new address for each request.
+    # A customer usually has at least a /64 network, and could use a new address for each request.
     return str(ipaddress.IPv6Network((int(address), 64), strict=False).network_address)
 
 
@@ -171,15 +177,16 @@ def get_time_until_below_limit(
     recent_ages: list[timedelta] = [age for age in ages if timedelta(0) <= age < period]
     if len(recent_ages) < limit:
         return timedelta(0)
-    oldest_that_counts = recent_ages[limit - 1]
-    return period - oldest_that_counts
+    # Fewer than `limit` failures are left when the one at this position is too old.
+    decisive_age = recent_ages[limit - 1]
+    return period - decisive_age
 
 
 def check_login_limit(user: db.Document, network: str) -> None:
     """Raise TooManyFailedLogins if a login of the user from this network has to wait.
 
     A failure counts mainly for its own network, so that a stranger cannot lock out the user. The
-    limit for all networks is for attackers with many addresses (NIST SP 800-63B section 3.2.2).
+    limit for all networks is for attackers with many addresses (NIST SP 800-63B-4 section 3.2.2).
     """
     failures = user.get("login_failures", [])
     own_failures = [failure for failure in failures if failure["network"] == network]
@@ -187,12 +194,12 @@ def check_login_limit(user: db.Document, network: str) -> None:
         get_time_until_below_limit(own_failures, limit=5, period=MINUTE),
         get_time_until_below_limit(own_failures, limit=20, period=HOUR),
     )
-    wait_of_all = get_time_until_below_limit(failures, limit=db.MAX_LOGIN_FAILURES, period=HOUR)
-    if wait_of_all > wait:
-        # Only networks that the user has logged in from are exempt.
-        oldest_live_session = now() - REFRESH_TOKEN_LIFETIME
-        if not db.has_session_since(str(user["_id"]), network, oldest_live_session):
-            wait = wait_of_all
+    overall_wait = get_time_until_below_limit(failures, limit=db.MAX_LOGIN_FAILURES, period=HOUR)
+    if overall_wait > wait:
+        # Networks with a live session of the user are exempt.
+        start_of_live_sessions = now() - REFRESH_TOKEN_LIFETIME
+        if not db.has_session_since(str(user["_id"]), network, start_of_live_sessions):
+            wait = overall_wait
     if wait > timedelta(0):
         logger.warning("authn_login_lock user=%s network=%s", user["_id"], network)
         raise TooManyFailedLogins(wait)
@@ -202,25 +209,18 @@ def check_login_limit(user: db.Document, network: str) -> None:
 
 
 class WrongCredentials(HTTPException):
-    """The error response to a wrong email or password, which does not tell which one is wrong."""
+    """The error response to a wrong email or password. It does not reveal which one is wrong."""
 
     def __init__(self) -> None:
         super().__init__(401, "Wrong email or password", {"WWW-Authenticate": "Bearer"})
 
 
-# An unknown email must take as long as a wrong password, or the time would reveal who is
-# registered.
+# An unknown email must take as long as a wrong password. Otherwise, the response time would reveal
+# which emails are registered.
 UNKNOWN_USER: db.Document = {
     "_id": "unknown",
     "password_hash": hasher.hash(secrets.token_urlsafe()),
 }
-
-
-def find_user_within_limit(email: str, network: str) -> db.Document:
-    """Return the user, or UNKNOWN_USER. Raises TooManyFailedLogins."""
-    user = db.find_user_by_email(email) or UNKNOWN_USER
-    check_login_limit(user, network)
-    return user
 
 
 def authenticate(email: str, password: str, network: str) -> tuple[str, str]:
@@ -228,23 +228,25 @@ def authenticate(email: str, password: str, network: str) -> tuple[str, str]:
 
     Raises WrongCredentials, TooManyFailedLogins or Overloaded.
     """
+    # Repeated only if another request replaces the password hash at the same time.
     while True:
-        user = find_user_within_limit(email, network)
+        user = db.find_user_by_email(email) or UNKNOWN_USER
+        check_login_limit(user, network)
         user_id, password_hash = str(user["_id"]), user["password_hash"]
         is_correct = verify_password(password_hash, password)
-        # Other guesses can have reached the limit while this one waited for its hash.
-        find_user_within_limit(email, network)
+        # Other guesses may have reached the limit while this one waited for its hash.
+        current_user = db.find_user_by_email(email) or UNKNOWN_USER
+        check_login_limit(current_user, network)
         if not is_correct:
             db.record_failed_login(email, network, now())
             logger.warning("authn_login_fail user=%s network=%s", user_id, network)
             raise WrongCredentials
         if not hasher.check_needs_rehash(password_hash):
             return user_id, password_hash
-        # The hash has older parameters.
+        # The hash was made with other parameters than those of today.
         new_hash = hash_password(password)
         if db.replace_password_hash(user_id, password_hash, new_hash):
             return user_id, new_hash
-        # Another request has replaced the hash or changed the password. Verify the stored hash.
 
 
 # Tokens
@@ -296,7 +298,7 @@ MAX_TOKEN_LENGTH = 300
 def read_token(token: str, token_type: str, allow_expired: bool = False) -> Claims:
     """Return the claims of a valid token of this type (RFC 8725). Raises InvalidToken."""
     # PyJWT parses the header before it checks the signature. The parser is recursive, and a long
-    # header could overflow the stack of the thread, which would end the process.
+    # header could overflow the stack of a thread, which is small on Alpine. That ends the process.
     if len(token) > MAX_TOKEN_LENGTH:
         raise InvalidToken
     try:
@@ -383,7 +385,7 @@ bearer = HTTPBearer(description="Paste an access_token.")
 
 
 def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bearer)]) -> User:
-    """Return the user of the access token in the header. Raises InvalidToken."""
+    """Return the user whose access token is in the Authorization header. Raises InvalidToken."""
     claims = read_token(token.credentials, "access")
     user = db.find_user_by_session(claims.sub, claims.sid)
     if user is None:

@@ -6,7 +6,8 @@ A user is one document:
      refresh_tokens: [{sid, generation, issued_at, network}],  # the sessions
      login_failures: [{network, failed_at}]}
 
-Times are in UTC.
+Times are in UTC. Other programs can use the collection, too, so the queries accept documents that
+lack fields or have fields of other types.
 """
 
 import logging
@@ -58,7 +59,7 @@ def load_env_file() -> Path | None:
 
     Environment variables take precedence over the file.
     """
-    # find_dotenv() searches from the working directory instead if, for example, a debugger runs.
+    # find_dotenv() would search from the working directory in some cases, such as in a debugger.
     folders = Path(__file__).absolute().parents
     env_file = next((folder / ".env" for folder in folders if (folder / ".env").is_file()), None)
     if env_file is None:
@@ -66,7 +67,7 @@ def load_env_file() -> Path | None:
     malformed = f"{env_file} must be UTF-8 text with lines of the form NAME=value."
     try:
         with env_file.open(encoding="utf-8-sig") as lines:
-            # load_dotenv() only logs a warning about such a line.
+            # load_dotenv() only logs a warning about a malformed line.
             if any(binding.error for binding in parse_stream(lines)):
                 abort_startup(malformed)
         load_dotenv(env_file, encoding="utf-8-sig")
@@ -82,6 +83,7 @@ def read_setting(name: str, default: str = "") -> str:
     """
     value = os.getenv(name, "").strip()
     try:
+        # os.getenv() returns bytes that are not UTF-8 as surrogates, which cannot be encoded.
         value.encode()
     except UnicodeEncodeError:
         abort_startup(f"{name} must be UTF-8 text.")
@@ -100,7 +102,7 @@ TIMEOUT_MS = 2500
 
 
 def get_collection() -> Collection[Document]:
-    """Return the collection `users` of MongoDB, or one in memory if MONGO_URI is not set.
+    """Return MongoDB's collection `users`, or one in memory if MONGO_URI is not set.
 
     It connects at the first query, so that the service can start before MongoDB.
     """
@@ -110,21 +112,21 @@ def get_collection() -> Collection[Document]:
         abort_startup("MONGO_URI must start with mongodb:// or mongodb+srv://.")
     try:
         with warnings.catch_warnings(action="default"):
-            # PyMongo only warns about an option that it ignores. A misspelled TLS option
-            # would disable TLS.
+            # PyMongo only warns about an option that it ignores, and a misspelled TLS option would
+            # disable TLS. Its other warnings are harmless, such as one about another vendor.
             warnings.filterwarnings("error", "Unknown option|The value of")
             client = MongoClient[Document](
                 MONGO_URI,
                 connect=False,
                 tz_aware=True,
                 timeoutMS=TIMEOUT_MS,
-                # The limit for connecting to a server, and for a DNS lookup of mongodb+srv.
+                # The limit for connecting to a server, and for the DNS lookup of mongodb+srv.
                 connectTimeoutMS=TIMEOUT_MS,
                 # A burst of requests needs many connections at once. The default is 2.
                 maxConnecting=16,
             )
         # These settings take precedence over the options in MONGO_URI. A session that was
-        # reported as stored or revoked must not change when a server fails.
+        # reported as stored or revoked must stay so when a server fails.
         return client[MONGO_DB_NAME].get_collection(
             "users",
             write_concern=WriteConcern("majority", j=True),
@@ -132,7 +134,7 @@ def get_collection() -> Collection[Document]:
             read_concern=ReadConcern(),
         )
     except UserWarning:
-        abort_startup("MONGO_URI has an unknown option or an invalid value of an option.")
+        abort_startup("MONGO_URI has an unknown option or an invalid option value.")
     except Exception as error:
         # The message of the error can quote the password.
         name = type(error).__name__
@@ -146,14 +148,14 @@ users = get_collection()
 
 
 class DatabaseUnavailable(HTTPException):
-    """The error response during an outage of MongoDB. A retry can succeed."""
+    """The error response while MongoDB is unavailable. A retry can succeed."""
 
     def __init__(self) -> None:
         super().__init__(503, "The database is unavailable; try again", {"Retry-After": "2"})
 
 
 class DatabaseError(HTTPException):
-    """The error response to any other error of MongoDB. error_name is MongoDB's name for it."""
+    """The error response to any other MongoDB error. error_name is the name for the log."""
 
     def __init__(self, error_name: str) -> None:
         super().__init__(500, "Internal server error")
@@ -162,7 +164,7 @@ class DatabaseError(HTTPException):
 
 RETRY_INTERVAL = 1.0  # seconds
 
-# Times of monotonic(). next_attempt is 0.0 while the circuit breaker is closed.
+# Values of monotonic(). next_attempt is 0.0 while the circuit breaker is closed.
 last_response = 0.0
 next_attempt = 0.0
 
@@ -214,7 +216,10 @@ def is_outage(error: PyMongoError | BSONError) -> bool:
 
 
 def get_error_name(error: PyMongoError | BSONError) -> str:
-    """Return MongoDB's name for the error. The message could contain a part of a document."""
+    """Return MongoDB's name for the error, or else PyMongo's.
+
+    The message could contain part of a document.
+    """
     details: Mapping[str, Any] = {}
     if isinstance(error, OperationFailure):
         details = error.details or {}
@@ -227,7 +232,7 @@ def record_outage() -> None:
     is_open = next_attempt > 0
     if not is_open and monotonic() - last_response > RETRY_INTERVAL:
         next_attempt = monotonic() + RETRY_INTERVAL
-        logger.error("MongoDB does not respond. Is it running, and is MONGO_URI correct?")
+        logger.error("MongoDB is not responding. Is it running, and is MONGO_URI correct?")
 
 
 def record_response() -> None:
@@ -237,7 +242,7 @@ def record_response() -> None:
     is_open = next_attempt > 0
     if is_open:
         next_attempt = 0.0
-        logger.warning("MongoDB responds again.")
+        logger.warning("MongoDB is responding again.")
 
 
 # Unique index
@@ -245,9 +250,11 @@ def record_response() -> None:
 
 def is_unique_on_email(index: Mapping[str, Any]) -> bool:
     """Return whether an index, as index_information() describes it, makes all emails unique."""
+    is_unique = index.get("unique", False)
     is_on_email = index["key"] in ([("email", 1)], [("email", -1)])
-    is_partial = "partialFilterExpression" in index or "collation" in index
-    return is_on_email and bool(index.get("unique")) and not is_partial
+    # A collation is a way to compare text. One that ignores case would change which emails differ.
+    has_filter_or_collation = "partialFilterExpression" in index or "collation" in index
+    return is_unique and is_on_email and not has_filter_or_collation
 
 
 def ensure_unique_index() -> None:
@@ -285,7 +292,7 @@ MAX_LOGIN_FAILURES = 100
 @circuit_breaker()
 def create_user(email: str, password_hash: str, session: Session, network: str) -> str | None:
     """Store a user and a session. Return the user's id, or None if the email is taken."""
-    # The collection can have been dropped, together with its index.
+    # The collection may have been dropped, together with its index.
     ensure_unique_index()
     user: Document = {
         "email": email,
@@ -299,14 +306,14 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
         is_taken = users.find_one({"email": email}, {"_id": 1}) is not None
         if is_taken:
             return None
-        # A unique index of another program, which circuit_breaker reports as a DatabaseError.
+        # Another program has a unique index. circuit_breaker raises DatabaseError.
         raise
 
 
 @circuit_breaker()
 def find_user_by_email(email: str) -> Document | None:
     """Return the user's id, password hash and failed logins, or None."""
-    # Documents of other programs can have another _id or no password_hash.
+    # Documents of other programs may have an _id of another type or no password_hash.
     types = {"_id": {"$type": "objectId"}, "password_hash": {"$type": "string"}}
     return users.find_one({"email": email, **types}, {"password_hash": 1, "login_failures": 1})
 
@@ -314,7 +321,7 @@ def find_user_by_email(email: str) -> Document | None:
 @circuit_breaker()
 def find_user_by_session(user_id: str, sid: str) -> Document | None:
     """Return the user's email and created_at, or None if the user or session does not exist."""
-    # Documents of other programs can lack email or created_at.
+    # Documents of other programs may lack email or created_at.
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
     user = users.find_one(query, {"email": 1, "created_at": 1})
     if user and not isinstance(user.get("created_at"), datetime):
@@ -336,8 +343,8 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     failure = {"network": network, "failed_at": failed_at}
     # $slice needs $each. A negative number keeps the last elements.
     push = {"$each": [failure], "$slice": -MAX_LOGIN_FAILURES}
-    # A write that waits for other servers or the journal would reveal that the email is
-    # registered.
+    # The update of an unknown email writes nothing. A write that waited for other servers or the
+    # journal would take longer, which would reveal that the email is registered.
     fast_users = users.with_options(write_concern=WriteConcern(1))
     fast_users.update_one({"email": email}, {"$push": {"login_failures": push}})
 
@@ -358,7 +365,7 @@ def add_session(user_id: str, verified_hash: str, session: Session, network: str
     login could continue with a password that was changed in the meantime.
     """
     user = {"_id": ObjectId(user_id), "password_hash": verified_hash}
-    # Numbers in a path are positions, so the array has no last place yet.
+    # A number in a path is a position. The last one is empty while there is room.
     has_room = {f"refresh_tokens.{MAX_SESSIONS - 1}": {"$exists": False}}
     change = {
         "$push": {"refresh_tokens": {**session, "network": network}},
@@ -366,11 +373,15 @@ def add_session(user_id: str, verified_hash: str, session: Session, network: str
     }
     # Adds nothing, sorts the sessions by time and keeps the last ones. In one update with the new
     # session, $sort could put the new one first if this server's clock is slow.
-    drop_oldest = {"$each": [], "$sort": {"issued_at": 1}, "$slice": 1 - MAX_SESSIONS}
-    while users.update_one(user | has_room, change).matched_count == 0:
-        if users.update_one(user, {"$push": {"refresh_tokens": drop_oldest}}).matched_count == 0:
+    keep_newest = {"$each": [], "$sort": {"issued_at": 1}, "$slice": 1 - MAX_SESSIONS}
+    # Repeated if another login takes the room that was made.
+    while True:
+        is_added = users.update_one(user | has_room, change).matched_count == 1
+        if is_added:
+            return True
+        made_room = users.update_one(user, {"$push": {"refresh_tokens": keep_newest}})
+        if made_room.matched_count == 0:
             return False
-    return True
 
 
 @circuit_breaker()
@@ -390,8 +401,10 @@ def advance_session(user_id: str, next_session: Session) -> bool:
 @circuit_breaker()
 def find_session(user_id: str, sid: str) -> Session | None:
     """Return the session, or None if it does not exist."""
-    match = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
-    user = users.find_one({"_id": ObjectId(user_id)} | match, match)
+    query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
+    # Of all sessions, return only this one.
+    projection = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
+    user = users.find_one(query, projection)
     return user["refresh_tokens"][0] if user else None
 
 

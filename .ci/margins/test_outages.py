@@ -39,8 +39,8 @@ from test_app import (
     stored_user,
 )
 
-BEGIN = ("ERROR", "MongoDB does not respond. Is it running, and is MONGO_URI correct?")
-END = ("WARNING", "MongoDB responds again.")
+BEGIN = ("ERROR", "MongoDB is not responding. Is it running, and is MONGO_URI correct?")
+END = ("WARNING", "MongoDB is responding again.")
 
 
 @pytest.fixture

@@ -72,8 +72,8 @@ def test_an_outage_with_200_clients(mongod, service, fault, repair):
     assert slowest_hash < (8 if fault == "hang" else 5)
     assert statistics.median(malformed) < 0.7
     assert max(malformed) < 4
-    assert service.log.count("MongoDB does not respond") == 1
-    assert service.log.count("MongoDB responds again") == 1
+    assert service.log.count("MongoDB is not responding") == 1
+    assert service.log.count("MongoDB is responding again") == 1
 
 
 def test_dropped_connections_under_load(mongod, service):
@@ -119,7 +119,7 @@ def test_a_permanent_error_is_500(restricted_mongod, request):
     log = service.log
     assert "MongoDB returned an error: WriteError" in log
     assert "MongoDB returned an error: Unauthorized" in log
-    assert "does not respond" not in log
+    assert "is not responding" not in log
     assert email not in log
     service.stop()
 
