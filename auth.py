@@ -173,8 +173,9 @@ def get_time_until_below_limit(
 ) -> timedelta:
     """Return the time until fewer than `limit` of the failures are younger than `period`."""
     ages = sorted(now() - failure["failed_at"] for failure in failures)
-    # A failure has a negative age if a clock was set back.
-    recent_ages: list[timedelta] = [age for age in ages if timedelta(0) <= age < period]
+    # The age is negative if a clock was set back. A failure far in the future is ignored.
+    # Otherwise, a clock that was a day ahead for a moment could lock the user out for a day.
+    recent_ages: list[timedelta] = [age for age in ages if abs(age) < period]
     if len(recent_ages) < limit:
         return timedelta(0)
     # Fewer than `limit` failures are left when the one at this position is too old.
