@@ -307,6 +307,21 @@ def test_a_refresh_whose_response_is_lost_succeeds_at_the_next_call(tab, clock):
     assert tab.evaluate(ME) == 200
 
 
+def test_a_refresh_without_a_response_does_not_block_other_tabs(context, tab, open_tab, clock):
+    context.add_init_script(
+        """const timeout = AbortSignal.timeout;
+        AbortSignal.timeout = (milliseconds) => timeout.call(AbortSignal, milliseconds / 15);"""
+    )
+    blocked_tab = open_tab()
+    clock.set(EXPIRED)
+    blocked_tab.route("**/auth/refresh", lambda route: None)
+    with blocked_tab.expect_request("**/auth/refresh"):
+        blocked_tab.evaluate(f"window.result = {ME}.catch((error) => error.message); null")
+    ten_seconds = "new Promise((resolve) => setTimeout(resolve, 10_000, 'blocked'))"
+    assert tab.evaluate(f"Promise.race([{ME}, {ten_seconds}])") == 200
+    assert "timed out" in blocked_tab.evaluate(f"Promise.race([result, {ten_seconds}])")
+
+
 @pytest.mark.parametrize("body", ["", "null", "{}", "[]", "<html>"])
 def test_a_401_of_a_gateway_during_a_refresh_ends_the_session(tab, clock, body):
     clock.set(EXPIRED)
