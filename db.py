@@ -202,12 +202,29 @@ def circuit_breaker() -> Iterator[None]:
     record_response()
 
 
+# The codes of MongoDB's errors after which a retry can succeed. PyMongo retries only some of them.
+TRANSIENT_ERROR_CODES = {
+    6,  # HostUnreachable
+    7,  # HostNotFound
+    24,  # LockTimeout
+    89,  # NetworkTimeout
+    112,  # WriteConflict
+    133,  # FailedToSatisfyReadPreference
+    262,  # ExceededTimeLimit
+    462,  # IngressRequestRateLimitExceeded
+    9001,  # SocketException
+    16500,  # a rate limit of Azure Cosmos DB
+}
+
+
 def is_outage(error: PyMongoError | BSONError) -> bool:
     """Return whether no server gave a usable response, so that a retry can succeed."""
     # The DNS lookup of mongodb+srv raises a ConfigurationError.
     if isinstance(error.__cause__, DNSException):
         return True
     if isinstance(error, ConnectionFailure | ProtocolError):
+        return True
+    if isinstance(error, OperationFailure) and error.code in TRANSIENT_ERROR_CODES:
         return True
     # For example a query that timed out, or a server that is shutting down.
     return isinstance(error, PyMongoError) and (

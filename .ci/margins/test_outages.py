@@ -132,6 +132,8 @@ OUTAGES = [
     ExecutionTimeout("s3cret", 50, {"codeName": "MaxTimeMSExpired"}),
     WTimeoutError("s3cret"),
     OperationFailure("s3cret", 11602, {"codeName": "InterruptedDueToReplState"} | RETRYABLE),
+    # For example from mongos, or from Azure Cosmos DB. PyMongo does not retry most of them.
+    *[OperationFailure("s3cret", code) for code in (6, 7, 24, 89, 112, 133, 262, 462, 9001, 16500)],
     *[caused_by(cause, ConfigurationError("s3cret")) for cause in DNS_ERRORS],
 ]
 
