@@ -114,7 +114,7 @@ def get_collection() -> Collection[Document]:
         with warnings.catch_warnings(action="default"):
             # PyMongo only warns about an option that it ignores, and a misspelled TLS option would
             # disable TLS. Its other warnings are harmless, such as one about another vendor.
-            warnings.filterwarnings("error", "Unknown option|The value of")
+            warnings.filterwarnings("error", "Unknown option|The value of|authMechanism must")
             client = MongoClient[Document](
                 MONGO_URI,
                 connect=False,

@@ -149,6 +149,7 @@ BAD_URIS = [
     "mongodb://127.0.0.1/?tls=true&tlsCAFile=s3cret",
     "mongodb://127.0.0.1/?datetime_conversion=s3cret",
     "mongodb://127.0.0.1/?w=0&journal=true",
+    "mongodb://127.0.0.1/?authMechanism=s3cret",
     "mongodb://127.0.0.1/" + os.fsdecode(b"\xff"),
 ]
 
