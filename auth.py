@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import jwt
 from argon2 import PasswordHasher
-from argon2.exceptions import Argon2Error
+from argon2.exceptions import Argon2Error, VerifyMismatchError
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
@@ -110,7 +110,7 @@ def hash_password(password: str) -> str:
         raise Overloaded from None
 
 
-# argon2-cffi raises one exception for these reasons and for a damaged hash.
+# argon2-cffi raises the same exception for these reasons and for a damaged hash.
 ARGON2_OVERLOAD_MESSAGES = ("Memory allocation error", "Threading failure")
 
 
@@ -118,6 +118,8 @@ def verify_password(password_hash: str, password: str) -> bool:
     """Return whether the password matches the hash. Raises Overloaded."""
     try:
         return hash_threads.submit(hasher.verify, password_hash, password).result()
+    except VerifyMismatchError:
+        return False
     except (MemoryError, RuntimeError) as error:
         logger.error("The service is overloaded: %r", error)
         raise Overloaded from None
@@ -125,7 +127,9 @@ def verify_password(password_hash: str, password: str) -> bool:
         if str(error) in ARGON2_OVERLOAD_MESSAGES:
             logger.error("The service is overloaded: %r", error)
             raise Overloaded from None
-        # A wrong password, or a damaged hash.
+        # The hash is damaged or of another kind. A faster response than for an unknown email would
+        # reveal that the email is registered.
+        hash_password(password)
         return False
 
 

@@ -330,18 +330,27 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
 @circuit_breaker()
 def find_user_by_email(email: str) -> Document | None:
     """Return the user's id, password hash and failed logins, or None."""
-    # Documents of other programs may have an _id of another type or no password_hash.
-    types = {"_id": {"$type": "objectId"}, "password_hash": {"$type": "string"}}
-    return users.find_one({"email": email, **types}, {"password_hash": 1, "login_failures": 1})
+    fields = {"email": 1, "password_hash": 1, "login_failures": 1}
+    user = users.find_one({"email": email}, fields)
+    # Documents of other programs may have other types, such as a list of emails or a numeric _id.
+    is_usable = (
+        user is not None
+        and isinstance(user["_id"], ObjectId)
+        and isinstance(user["email"], str)
+        and isinstance(user.get("password_hash"), str)
+    )
+    return user if is_usable else None
 
 
 @circuit_breaker()
 def find_user_by_session(user_id: str, sid: str) -> Document | None:
     """Return the user's email and created_at, or None if the user or session does not exist."""
-    # Documents of other programs may lack email or created_at.
-    query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid, "email": {"$type": "string"}}
+    query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
     user = users.find_one(query, {"email": 1, "created_at": 1})
-    if user and not isinstance(user.get("created_at"), datetime):
+    # Documents of other programs may lack these fields or have other types.
+    if user is None or not isinstance(user.get("email"), str):
+        return None
+    if not isinstance(user.get("created_at"), datetime):
         user["created_at"] = user["_id"].generation_time
     return user
 

@@ -5,6 +5,7 @@ import uuid
 from datetime import datetime
 
 import pytest
+from argon2 import PasswordHasher
 from bson import ObjectId
 from bson.datetime_ms import DatetimeMS
 from conftest import ROOT, in_parallel, only_mongodb
@@ -137,10 +138,17 @@ def test_a_date_after_the_year_9999_does_not_open_the_breaker(client, tokens, em
     assert events() == [("ERROR", "MongoDB returned an error: InvalidBSON")]
 
 
-@pytest.mark.parametrize("change", [{"$unset": {"email": ""}}, {"$set": {"email": 1}}])
-def test_the_tokens_of_a_document_without_a_text_as_email_are_invalid(client, email, change):
+@pytest.mark.parametrize("stored", [1, None, [], ["a@example.com"]])
+def test_the_tokens_of_a_document_with_another_type_of_email_are_invalid(client, email, stored):
     tokens = register(client, email).json()
-    db.users.update_one({"email": email}, change)
+    db.users.update_one({"email": email}, {"$set": {"email": stored}})
+    assert is_invalid_token(me(client, tokens["access_token"]))
+    db.users.delete_one({"_id": ObjectId(tokens["user_id"])})
+
+
+def test_the_tokens_of_a_document_without_an_email_are_invalid(client, email):
+    tokens = register(client, email).json()
+    db.users.update_one({"email": email}, {"$unset": {"email": ""}})
     assert is_invalid_token(me(client, tokens["access_token"]))
     db.users.delete_one({"_id": ObjectId(tokens["user_id"])})
 
@@ -158,6 +166,34 @@ BCRYPT = "$2b$12$KIXTRIlaZBE7XH7hJkEp0uC0yNkBqP0sQ3QmRZEJ5p0oJX7h0wUuK"
 def test_login_with_an_unusable_password_hash_is_rejected(client, tokens, email, stored):
     set_fields(email, password_hash=stored)
     assert login(client, email).status_code == 401
+
+
+def test_login_with_a_list_of_hashes_is_rejected(client, tokens, email):
+    set_fields(email, password_hash=[stored_user(tokens)["password_hash"]])
+    assert login(client, email).status_code == 401
+
+
+def test_login_to_a_document_with_a_list_of_emails_is_rejected(client, email):
+    insert_user([email])
+    assert login(client, email).status_code == 401
+    assert register(client, email).status_code == 409
+
+
+@pytest.mark.parametrize("stored", [BCRYPT, "plain", "$argon2id$v=19$m=8,t=1,p=1$!!!!$!!!!"])
+def test_login_with_an_unusable_hash_takes_as_long_as_one_to_an_unknown_email(
+    client, tokens, email, monkeypatch, stored
+):
+    hashed = []
+
+    class Hasher(PasswordHasher):
+        def hash(self, password):
+            hashed.append(password)
+            return super().hash(password)
+
+    monkeypatch.setattr(auth, "hasher", Hasher(time_cost=1, memory_cost=8, parallelism=1))
+    set_fields(email, password_hash=stored)
+    assert login(client, email).status_code == 401
+    assert hashed == [PASSWORD]
 
 
 def test_login_without_a_password_hash_is_rejected(client, tokens, email):
