@@ -218,7 +218,7 @@ TRANSIENT_ERROR_CODES = {
 
 
 def is_outage(error: PyMongoError | BSONError) -> bool:
-    """Return whether no server gave a usable response, so that a retry can succeed."""
+    """Return whether a retry can succeed, because no server gave a usable response."""
     # The DNS lookup of mongodb+srv raises a ConfigurationError.
     if isinstance(error.__cause__, DNSException):
         return True
@@ -330,8 +330,8 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
 @circuit_breaker()
 def find_user_by_email(email: str) -> Document | None:
     """Return the user's id, password hash and failed logins, or None."""
-    fields = {"email": 1, "password_hash": 1, "login_failures": 1}
-    user = users.find_one({"email": email}, fields)
+    projection = {"email": 1, "password_hash": 1, "login_failures": 1}
+    user = users.find_one({"email": email}, projection)
     # Documents of other programs may have other types, such as a list of emails or a numeric _id.
     is_usable = (
         user is not None
