@@ -366,7 +366,10 @@ def rotate_session(refresh_token: str) -> Tokens:
 def revoke_session(claims: Claims) -> None:
     """Delete the session of a refresh token if it exists."""
     session = db.find_session(claims.sub, claims.sid)
-    if session is None or not db.delete_session(claims.sub, claims.sid):
+    # Even if there is no session, an earlier deletion may not have reached a majority of the
+    # servers yet. The update waits for that, or the session could return when a server fails.
+    was_deleted = db.delete_session(claims.sub, claims.sid)
+    if session is None or not was_deleted:
         return
     was_replaced = session["generation"] > claims.generation
     if was_replaced and not is_within_grace(claims, session):

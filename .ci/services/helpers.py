@@ -170,7 +170,9 @@ class Service:
         retry_after = int(response.headers.get("Retry-After", 0))
         assert (retry_after > 0) == (response.status in (429, 503))
         assert "127.0.0.1" not in text
-        return Response(response.status, json.loads(text), seconds, retry_after)
+        # A 204 has no body.
+        body = json.loads(text) if text else {}
+        return Response(response.status, body, seconds, retry_after)
 
     def register(self, email, source="127.0.0.1"):
         credentials = {"email": email, "password": PASSWORD}
@@ -182,6 +184,9 @@ class Service:
 
     def refresh(self, token):
         return self.request("POST", "/auth/refresh", {"refresh_token": token})
+
+    def logout(self, token):
+        return self.request("POST", "/auth/logout", {"refresh_token": token})
 
     def me(self, token):
         return self.request("GET", "/auth/me", token=token)

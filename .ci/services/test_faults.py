@@ -207,3 +207,21 @@ def test_a_write_without_a_majority_is_503(replica_set, request):
         replica_set[2].resume()
     wait_until(lambda: service.login(email).status == 200, 15)
     service.stop()
+
+
+@pytest.mark.parametrize("replica_set", [10000], indirect=True)
+def test_a_repeated_logout_is_503_until_a_majority_has_the_first_one(replica_set):
+    service = Service(join_uri(replica_set))
+    token = service.register(new_email()).body["refresh_token"]
+    replica_set[1].freeze()
+    replica_set[2].freeze()
+    try:
+        for _ in range(2):
+            response = service.logout(token)
+            assert response.status == 503
+            time.sleep(response.retry_after)
+    finally:
+        replica_set[1].resume()
+        replica_set[2].resume()
+    wait_until(lambda: service.logout(token).status == 204, 15)
+    service.stop()

@@ -63,15 +63,6 @@ def run_command(run_python):
     return run
 
 
-def log_out(service, tokens):
-    headers = {"Content-Type": "application/json"}
-    body = json.dumps({"refresh_token": tokens["refresh_token"]})
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
-    with contextlib.closing(connection):
-        connection.request("POST", "/auth/logout", body, headers)
-        assert connection.getresponse().status == 204
-
-
 # Commands
 
 
@@ -118,7 +109,8 @@ def test_a_user_who_is_disabled_twice_can_be_enabled(service, run_command):
 def test_the_list_of_who_is_logged_in_omits_ended_and_expired_sessions(service, users, run_command):
     for email in (ALICE, BOB):
         service.register(email)
-    log_out(service, service.register("carol@example.com").body)
+    carol = service.register("carol@example.com").body
+    assert service.logout(carol["refresh_token"]).status == 204
     # A refresh token is valid for seven days.
     expired = {"refresh_tokens.0.issued_at": datetime.now(UTC) - timedelta(days=8)}
     users.update_one({"email": BOB}, {"$set": expired})
@@ -178,7 +170,7 @@ def test_the_liveness_probe_needs_no_database(mongod, service):
 def test_a_restored_backup_contains_sessions_that_were_ended(service, users, run_command):
     tokens = service.register(ALICE).body
     backup = list(users.find())
-    log_out(service, tokens)
+    assert service.logout(tokens["refresh_token"]).status == 204
     assert service.me(tokens["access_token"]).status == 401
     users.drop()
     users.insert_many(backup)
