@@ -191,7 +191,8 @@ def circuit_breaker() -> Iterator[None]:
     try:
         with memory_lock:
             yield
-    except (PyMongoError, BSONError) as error:
+    # PyMongo raises a ValueError for some passwords in MONGO_URI, at the first connection.
+    except (PyMongoError, BSONError, ValueError) as error:
         if is_outage(error):
             record_outage()
             raise DatabaseUnavailable from None
@@ -217,7 +218,7 @@ TRANSIENT_ERROR_CODES = {
 }
 
 
-def is_outage(error: PyMongoError | BSONError) -> bool:
+def is_outage(error: Exception) -> bool:
     """Return whether a retry can succeed, because no server gave a usable response."""
     # The DNS lookup of mongodb+srv raises a ConfigurationError.
     if isinstance(error.__cause__, DNSException):
@@ -232,7 +233,7 @@ def is_outage(error: PyMongoError | BSONError) -> bool:
     )
 
 
-def get_error_name(error: PyMongoError | BSONError) -> str:
+def get_error_name(error: Exception) -> str:
     """Return MongoDB's name for the error, or else PyMongo's.
 
     The message could contain part of a document.

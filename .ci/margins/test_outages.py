@@ -156,6 +156,7 @@ DATABASE_ERRORS = [
     (caused_by(ValueError("s3cret"), ConfigurationError("s3cret")), "ConfigurationError"),
     (InvalidOperation("s3cret"), "InvalidOperation"),
     (InvalidBSON("s3cret"), "InvalidBSON"),
+    (ValueError("s3cret"), "ValueError"),
 ]
 
 

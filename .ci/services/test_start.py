@@ -42,6 +42,8 @@ def test_a_failed_start_names_the_error(restricted_mongod):
         f"mongodb://reader:wrong@{host}/faults": "(AuthenticationFailed)",
         f"mongodb://reader:s3cret@{host}/faults": "(Unauthorized)",
         f"mongodb://admin:admin@{host}": "(DuplicateKey)",
+        # A password that is percent-encoded as Latin-1. PyMongo raises a ValueError.
+        f"mongodb://admin:s3cret%E4@{host}": "(ValueError)",
     }
     commands = {"app.py": ["app.py"], "uvicorn": [*UVICORN, "--port", "0"]}
     starts = [
