@@ -45,17 +45,22 @@ def read_key() -> bytes:
     return key
 
 
-def read_lifetime(name: str, default: str) -> int:
+def read_lifetime(name: str, default: str, maximum: int) -> int:
     """Return the setting as a positive whole number."""
     value = db.read_setting(name, default)
-    if not re.fullmatch("[1-9][0-9]{0,5}", value):
-        db.abort_startup(f"{name} must be a whole number from 1 to 999999.")
+    if not re.fullmatch("[1-9][0-9]{0,5}", value) or int(value) > maximum:
+        db.abort_startup(f"{name} must be a whole number from 1 to {maximum}.")
     return int(value)
 
 
 SECRET_KEY = read_key()
-ACCESS_TOKEN_LIFETIME = timedelta(minutes=read_lifetime("ACCESS_TOKEN_EXPIRE_MINUTES", "15"))
-REFRESH_TOKEN_LIFETIME = timedelta(days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS", "7"))
+# The maximum of each keeps dates within the years 1 to 9999, the limits of datetime.
+ACCESS_TOKEN_LIFETIME = timedelta(
+    minutes=read_lifetime("ACCESS_TOKEN_EXPIRE_MINUTES", "15", maximum=999_999)
+)
+REFRESH_TOKEN_LIFETIME = timedelta(
+    days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS", "7", maximum=99_999)
+)
 
 
 def now() -> datetime:

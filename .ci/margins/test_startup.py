@@ -88,10 +88,15 @@ def test_a_lifetime_that_is_not_a_positive_whole_number_prevents_startup(
     assert name in start_error(ROOT / "auth.py", monkeypatch, capsys, **{name: value})
 
 
-@pytest.mark.parametrize("value", ["1", "999999", " 15\n"])
-def test_the_shortest_and_the_longest_lifetime_work(monkeypatch, value):
-    monkeypatch.setenv("ACCESS_TOKEN_EXPIRE_MINUTES", value)
-    monkeypatch.setenv("REFRESH_TOKEN_EXPIRE_DAYS", value)
+def test_a_refresh_token_lifetime_above_the_limit_prevents_startup(monkeypatch, capsys):
+    printed = start_error(ROOT / "auth.py", monkeypatch, capsys, REFRESH_TOKEN_EXPIRE_DAYS="100000")
+    assert "REFRESH_TOKEN_EXPIRE_DAYS must be a whole number from 1 to 99999." in printed
+
+
+@pytest.mark.parametrize(("minutes", "days"), [("1", "1"), ("999999", "99999"), (" 15\n", " 7\n")])
+def test_the_shortest_and_the_longest_lifetime_work(monkeypatch, minutes, days):
+    monkeypatch.setenv("ACCESS_TOKEN_EXPIRE_MINUTES", minutes)
+    monkeypatch.setenv("REFRESH_TOKEN_EXPIRE_DAYS", days)
     module = runpy.run_path(str(ROOT / "auth.py"))
     tokens = module["create_tokens"]("0" * 24, module["create_session"]())
     assert module["read_token"](tokens.access_token, "access").type == "access"
