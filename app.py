@@ -1,19 +1,18 @@
-"""Models, routes and the standalone application."""
+"""Request bodies, routes and the standalone application."""
 
 import asyncio
 import logging
-import re
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
-from pydantic import AfterValidator, BaseModel, BeforeValidator, EmailStr, Field
+from pydantic import AfterValidator, BaseModel, Field, validate_email
 
 import auth
 import db
@@ -24,26 +23,27 @@ logger = logging.getLogger("auth_jwt")
 # Request bodies
 
 
-def to_nfc(value: object) -> object:
-    """Return text in Unicode NFC (RFC 8265), other values unchanged."""
-    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
+def to_nfc(text: str) -> str:
+    """Return the text in Unicode NFC, so that the same characters are equal (RFC 8265)."""
+    return unicodedata.normalize("NFC", text)
 
 
 def normalize_email(email: str) -> str:
-    """Return the email in lower case and in Unicode NFC, the form in which it is stored."""
-    return unicodedata.normalize("NFC", email.lower())
+    """Return a valid email as it is stored, in lower case and in NFC."""
+    _, valid_email = validate_email(email)
+    return to_nfc(valid_email.lower())
 
 
+# The length is limited first, because the functions take far longer for a long text.
 Email = Annotated[
-    EmailStr,
+    str,
+    Field(max_length=254, examples=["alice@example.com"], json_schema_extra={"format": "email"}),
     AfterValidator(normalize_email),
-    Field(examples=["alice@example.com"]),
 ]
-# Pydantic runs a BeforeValidator first, so max_length counts the characters of the NFC form.
 Password = Annotated[
     str,
-    Field(max_length=128, repr=False, examples=["MyS3cret@1"]),
-    BeforeValidator(to_nfc),
+    Field(max_length=128, examples=["MyS3cret@1"], repr=False),
+    AfterValidator(to_nfc),
 ]
 StrongPassword = Annotated[Password, AfterValidator(auth.check_password_strength)]
 
@@ -81,11 +81,15 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Error} for status in statuses}
 
 
-REJECTION_DELAY = 0.5  # seconds
+REJECTION_DELAY = 1.0  # seconds, as in the Retry-After of auth.Overloaded
 
 
 class AuthRoute(APIRoute):
-    """A route that omits the input from a 422, delays a rejection and forbids caching."""
+    """A route for credentials and tokens.
+
+    An invalid body is not quoted in the response, a 503 for overload is delayed, and successful
+    responses must not be cached.
+    """
 
     # FastAPI calls this once per route, for the function that handles the requests.
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -99,7 +103,7 @@ class AuthRoute(APIRoute):
                 details = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
                 raise RequestValidationError(details) from None
             except auth.Overloaded:
-                # Clients that retry immediately would keep the event loop busy.
+                # Clients that retry without waiting would keep the event loop busy.
                 await asyncio.sleep(REJECTION_DELAY)
                 raise
             response.headers["Cache-Control"] = "no-store"  # RFC 6749 section 5.1
@@ -128,40 +132,26 @@ router = APIRouter(
     tags=["auth"],
     route_class=AuthRoute,
     lifespan=prepare_database,
-    max_body_size=8 * 1024,  # bytes; requires FastAPI 0.164
+    # Bytes. The longest email and password fit, even if all their characters are escaped.
+    max_body_size=4 * 1024,
     generate_unique_id_function=lambda route: route.name,
     # A 413 can be plain text.
     responses=errors(503) | {413: {}},
 )
 
+# FastAPI itself responds with 400 to a body that it cannot decode, and with 422 to an invalid one.
+
 
 @router.post("/register", status_code=201, responses=errors(400, 409))
 def register(credentials: NewCredentials, network: auth.ClientNetwork) -> auth.Tokens:
     """Create a user and start their first session."""
-    with auth.place_in_hash_queue(network):
-        password_hash = auth.hash_password(credentials.password)
-    session = auth.create_session()
-    user_id = db.create_user(credentials.email, password_hash, session, network)
-    if user_id is None:
-        raise HTTPException(409, "This email is already registered")
-    # OWASP's Logging Vocabulary makes this event a warning.
-    logger.warning("user_created user=%s session=%s network=%s", user_id, session["sid"], network)
-    return auth.create_tokens(user_id, session)
+    return auth.register(credentials.email, credentials.password, network)
 
 
 @router.post("/login", responses=errors(400, 401, 429))
 def login(credentials: Credentials, network: auth.ClientNetwork) -> auth.Tokens:
     """Start a session."""
-    with auth.place_in_hash_queue(network):
-        user_id, password_hash = auth.authenticate(credentials.email, credentials.password, network)
-    session = auth.create_session()
-    if not db.add_session(user_id, password_hash, session, network):
-        # The user was deleted or has another password since the old one was verified.
-        raise auth.WrongCredentials
-    logger.info(
-        "authn_login_success user=%s session=%s network=%s", user_id, session["sid"], network
-    )
-    return auth.create_tokens(user_id, session)
+    return auth.log_in(credentials.email, credentials.password, network)
 
 
 @router.get("/me", response_model=auth.User, responses=errors(401))
@@ -172,55 +162,40 @@ def me(user: auth.CurrentUser) -> Response:
 
 
 @router.post("/refresh", responses=errors(400, 401))
-def refresh(body: RefreshToken) -> auth.Tokens:
-    """Exchange a refresh token for a new pair of tokens."""
-    return auth.rotate_session(body.refresh_token)
+def refresh(body: RefreshToken, network: auth.ClientNetwork) -> auth.Tokens:
+    """Exchange a refresh token for two new tokens."""
+    return auth.refresh(body.refresh_token, network)
 
 
-@router.post("/logout", status_code=204, responses=errors(400, 401))
-def logout(body: RefreshToken) -> Response:
+@router.post("/logout", status_code=204, response_class=Response, responses=errors(400, 401))
+def logout(body: RefreshToken, network: auth.ClientNetwork) -> None:
     """End a session."""
-    claims = auth.read_token(body.refresh_token, "refresh", allow_expired=True)
-    auth.revoke_session(claims)
-    return Response(status_code=204)
+    auth.log_out(body.refresh_token, network)
 
 
 # The standalone application. An app that includes the router does not use this part.
 
-ORIGIN_PATTERN = re.compile(r"[a-z-]+://[a-z0-9._:\[\]-]+")
 
-
-def read_cors_origins() -> list[str]:
-    """Return the origins of browser front ends as a list."""
-    setting = db.read_setting("CORS_ORIGINS")
-    return [origin.strip() for origin in setting.split(",")] if setting else []
-
-
-CORS_ORIGINS = read_cors_origins()
-
-
-def configure_standalone() -> None:
-    """Configure logging unless it is configured already, and check CORS_ORIGINS."""
+def configure_logging() -> None:
+    """Log with time and level unless logging is configured already."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # Not checked on import: an app that only includes the router does not use CORS_ORIGINS.
-    if not all(map(ORIGIN_PATTERN.fullmatch, CORS_ORIGINS)):
-        db.abort_startup("CORS_ORIGINS must list origins such as http://localhost:5173.")
 
 
 @asynccontextmanager
 async def start_standalone(_: FastAPI) -> AsyncIterator[None]:
-    """Configure the application before its first request."""
-    configure_standalone()
+    """Configure logging. FastAPI runs this before the router's lifespan, which logs."""
+    configure_logging()
     yield
 
 
 app = FastAPI(title="auth-jwt", lifespan=start_standalone)
-# The lifespan of the router runs after that of the application.
 app.include_router(router)
+
+CORS_ORIGINS = db.read_setting("CORS_ORIGINS")
 if CORS_ORIGINS:
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=CORS_ORIGINS,
+        allow_origins=[origin.strip().rstrip("/") for origin in CORS_ORIGINS.split(",")],
         allow_methods=["GET", "POST"],
         # Tracing tools add their own headers.
         allow_headers=["*"],
@@ -228,8 +203,9 @@ if CORS_ORIGINS:
     )
 
 if __name__ == "__main__":
-    # The lifespans do this, too. But a sys.exit() in a lifespan also prints a traceback.
-    configure_standalone()
+    # The lifespans do this, too. But a failed start in a lifespan also prints a traceback.
+    configure_logging()
     db.prepare_collection()
-    # Responses are faster, even in an outage. Docker kills the process after 10 seconds.
-    uvicorn.run(app, port=5000, timeout_graceful_shutdown=8)
+    # Some platforms set WEB_CONCURRENCY, and several workers need an import string instead of app.
+    # Docker kills a process ten seconds after it has asked it to end.
+    uvicorn.run(app, port=5000, workers=1, timeout_graceful_shutdown=8)

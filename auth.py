@@ -1,22 +1,39 @@
-"""Settings, passwords, the login limit, login, tokens, sessions, current user and hash queue."""
+"""Registration, login, refresh, logout and the current user.
+
+A login starts a session, which is stored with its user. A session has an id (sid) and a
+generation, which counts its refreshes. Its two tokens are JWTs (RFC 7519) that contain the user's
+id, the sid and the generation. The access token authenticates requests for 15 minutes. The refresh
+token is exchanged for two new tokens within 7 days.
+
+A refresh compares the generation of the refresh token with that of the session:
+
+- The same generation: the session moves to the next generation, in one atomic update, and the
+  response contains the tokens of that generation.
+- The generation before, if it was replaced less than a minute ago: the response to that refresh
+  was probably lost, so this one contains the tokens of the current generation again.
+- Any other generation, or an expired token: the token may be stolen, so the session ends (RFC 9700
+  section 4.14.2).
+
+Each request with an access token looks up its session, but does not compare the generation. So a
+logout is effective at once, and a refresh does not invalidate older access tokens.
+"""
 
 import ipaddress
 import logging
 import math
-import re
 import secrets
 import unicodedata
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import Annotated, Literal
 
 import jwt
 from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, VerifyMismatchError
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, HTTPException
+from fastapi.requests import HTTPConnection
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 from pydantic_core import PydanticCustomError
@@ -27,40 +44,30 @@ import db
 logger = logging.getLogger("auth_jwt")
 
 
-# Settings
+class Tokens(BaseModel):
+    """An access token and a refresh token."""
+
+    user_id: str
+    access_token: str
+    refresh_token: str
 
 
-def read_key() -> bytes:
-    """Return the key that signs the tokens, which is random if users are kept in memory."""
-    key = db.read_setting("JWT_SECRET_KEY").encode()
-    if bool(key) != bool(db.MONGO_URI):
-        db.abort_startup("Set both JWT_SECRET_KEY and MONGO_URI, or neither.")
-    if not key:
-        return secrets.token_bytes(32)
-    try:
-        # Signing checks that the key is long enough (RFC 7518 section 3.2) and is not a public key.
-        jwt.PyJWT({"enforce_minimum_key_length": True}).encode({}, key, algorithm="HS256")
-    except jwt.InvalidKeyError:
-        db.abort_startup("JWT_SECRET_KEY must be at least 32 random bytes; see .env.example.")
-    return key
+class Claims(BaseModel, strict=True):
+    """The contents of a token. sub is the user's id, exp is a Unix time in seconds."""
+
+    type: Literal["access", "refresh"]
+    sub: str = Field(pattern="^[0-9a-f]{24}$")
+    sid: str = Field(pattern="^[0-9a-f]{32}$")
+    generation: int = Field(ge=0, lt=2**31)
+    exp: int
 
 
-def read_lifetime(name: str, default: str, maximum: int) -> int:
-    """Return the setting as a positive whole number."""
-    value = db.read_setting(name, default)
-    if not re.fullmatch("[1-9][0-9]{0,5}", value) or int(value) > maximum:
-        db.abort_startup(f"{name} must be a whole number from 1 to {maximum}.")
-    return int(value)
+class User(BaseModel):
+    """A user without their secrets. created_at is in UTC."""
 
-
-SECRET_KEY = read_key()
-# The maximum of each keeps dates within the years 1 to 9999, the limits of datetime.
-ACCESS_TOKEN_LIFETIME = timedelta(
-    minutes=read_lifetime("ACCESS_TOKEN_EXPIRE_MINUTES", "15", maximum=999_999)
-)
-REFRESH_TOKEN_LIFETIME = timedelta(
-    days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS", "7", maximum=99_999)
-)
+    id: str
+    email: str
+    created_at: datetime
 
 
 def now() -> datetime:
@@ -68,10 +75,200 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-# Passwords
+def register(email: str, password: str, network: str) -> Tokens:
+    """Create a user and start their first session."""
+    password_hash = hash_password(password, network)
+    session = new_session()
+    user_id = db.create_user(email, password_hash, session, network)
+    if user_id is None:
+        raise HTTPException(409, "This email is already registered")
+    # OWASP's Logging Vocabulary makes this event a warning.
+    logger.warning("user_created user=%s session=%s network=%s", user_id, session["sid"], network)
+    return create_tokens(user_id, session)
 
-# Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
-hasher = PasswordHasher()
+
+def log_in(email: str, password: str, network: str) -> Tokens:
+    """Start a session. The error response does not reveal whether the email is registered."""
+    user = db.find_user_by_email(email) or UNKNOWN_USER
+    user_id, verified_hash = str(user["_id"]), user["password_hash"]
+    check_login_limit(user, network)
+    is_correct = verify_password(verified_hash, password, network)
+    # Other guesses may have reached the limit while this one waited for its hash.
+    check_login_limit(db.find_user_by_email(email) or UNKNOWN_USER, network)
+    if not is_correct:
+        db.record_failed_login(email, network, now())
+        logger.warning("authn_login_fail user=%s network=%s", user_id, network)
+        raise HTTPException(401, "Wrong email or password", {"WWW-Authenticate": "Bearer"})
+    # A hash with other parameters than today's is replaced.
+    needs_rehash = hasher.check_needs_rehash(verified_hash)
+    new_hash = hash_password(password, network) if needs_rehash else verified_hash
+    session = new_session()
+    is_added = db.add_session(
+        user_id, verified_hash=verified_hash, new_hash=new_hash, session=session, network=network
+    )
+    if not is_added:
+        # The user was deleted or has another password hash by now.
+        return log_in(email, password, network)
+    logger.info(
+        "authn_login_success user=%s session=%s network=%s", user_id, session["sid"], network
+    )
+    return create_tokens(user_id, session)
+
+
+def refresh(refresh_token: str, network: str) -> Tokens:
+    """Exchange a refresh token for two new tokens, or end its session."""
+    claims = read_token(refresh_token, "refresh", allow_expired=True)
+    is_expired = claims.exp <= now().timestamp()
+    if not is_expired:
+        next_session = db.Session(sid=claims.sid, generation=claims.generation + 1, issued_at=now())
+        if db.advance_session(claims.sub, next_session):
+            return create_tokens(claims.sub, next_session)
+        session = db.find_session(claims.sub, claims.sid)
+        if session and was_just_replaced(claims, session):
+            logger.info(
+                "authn_token_reuse_in_grace user=%s session=%s network=%s",
+                claims.sub,
+                claims.sid,
+                network,
+            )
+            # With another generation, the tokens of the lost response would look stolen if the
+            # client received it after all.
+            return create_tokens(claims.sub, session)
+    end_session(claims, network)
+    raise InvalidToken
+
+
+def log_out(refresh_token: str, network: str) -> None:
+    """End the session of a refresh token, which may be replaced or expired."""
+    claims = read_token(refresh_token, "refresh", allow_expired=True)
+    end_session(claims, network)
+
+
+# A name of its own keeps it apart from other HTTPBearer schemes in the OpenAPI document of a host.
+bearer = HTTPBearer(scheme_name="AccessToken", description="Paste an access_token.")
+
+
+def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bearer)]) -> User:
+    """Return the user whose access token is in the Authorization header. Raises InvalidToken."""
+    claims = read_token(token.credentials, "access")
+    user = db.find_user_by_session(claims.sub, claims.sid)
+    if user is None:
+        raise InvalidToken
+    return User(id=claims.sub, email=user["email"], created_at=user["created_at"])
+
+
+CurrentUser = Annotated[User, Depends(get_current_user)]
+
+
+# Sessions
+
+
+def new_session() -> db.Session:
+    """Return a session that is not stored yet."""
+    return db.Session(sid=secrets.token_hex(16), generation=0, issued_at=now())
+
+
+def was_just_replaced(claims: Claims, session: db.Session) -> bool:
+    """Return whether the token is one generation old and was replaced less than a minute ago."""
+    is_previous = claims.generation == session["generation"] - 1
+    # The difference is negative if a clock was set back.
+    return is_previous and abs(now() - session["issued_at"]) < timedelta(minutes=1)
+
+
+def end_session(claims: Claims, network: str) -> None:
+    """Delete the session of a refresh token if it exists, and log whether the token was reused."""
+    session = db.delete_session(claims.sub, claims.sid)
+    if session is None:
+        return
+    is_replaced = claims.generation < session["generation"]
+    if is_replaced and not was_just_replaced(claims, session):
+        level, event = logging.CRITICAL, "authn_token_reuse"
+    else:
+        level, event = logging.INFO, "authn_token_revoked"
+    logger.log(level, "%s user=%s session=%s network=%s", event, claims.sub, claims.sid, network)
+
+
+# Tokens
+
+
+def read_key() -> bytes:
+    """Return the key that signs the tokens, which is random if users are kept in memory."""
+    key = db.read_setting("JWT_SECRET_KEY").encode()
+    if bool(key) != bool(db.MONGO_URI):
+        db.abort_startup("Set both JWT_SECRET_KEY and MONGO_URI, or neither.")
+    if key and len(key) < 32:
+        # RFC 7518 section 3.2.
+        db.abort_startup("JWT_SECRET_KEY must have at least 32 bytes.")
+    return key or secrets.token_bytes(32)
+
+
+def read_lifetime(name: str, default: str) -> int:
+    """Return the setting as a positive whole number."""
+    value = db.read_setting(name, default)
+    # The limit keeps dates within the years 1 to 9999, the limits of datetime.
+    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 99_999):
+        db.abort_startup(f"{name} must be a whole number from 1 to 99999.")
+    return int(value)
+
+
+SECRET_KEY = read_key()
+ACCESS_TOKEN_LIFETIME = timedelta(minutes=read_lifetime("ACCESS_TOKEN_EXPIRE_MINUTES", "15"))
+REFRESH_TOKEN_LIFETIME = timedelta(days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS", "7"))
+
+
+class InvalidToken(HTTPException):
+    """The error response to an invalid token (RFC 6750 section 3.1)."""
+
+    def __init__(self) -> None:
+        challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+        super().__init__(401, "The token is invalid, has expired or was revoked", challenge)
+
+
+def create_tokens(user_id: str, session: db.Session) -> Tokens:
+    """Return the tokens of this generation of the session."""
+    return Tokens(
+        user_id=user_id,
+        access_token=sign("access", user_id, session, ACCESS_TOKEN_LIFETIME),
+        refresh_token=sign("refresh", user_id, session, REFRESH_TOKEN_LIFETIME),
+    )
+
+
+def sign(token_type: str, user_id: str, session: db.Session, lifetime: timedelta) -> str:
+    """Return a signed token."""
+    claims = {
+        "type": token_type,
+        "sub": user_id,
+        "sid": session["sid"],
+        "generation": session["generation"],
+        "exp": session["issued_at"] + lifetime,
+    }
+    return jwt.encode(claims, SECRET_KEY, algorithm="HS256")
+
+
+# Longer than any token that the service issues.
+MAX_TOKEN_LENGTH = 300
+
+
+def read_token(token: str, token_type: str, allow_expired: bool = False) -> Claims:
+    """Return the claims of a valid token of this type (RFC 8725). Raises InvalidToken."""
+    # PyJWT parses the header before it checks the signature. The parser is recursive, so a long
+    # header could overflow the stack of a thread, which is small on Alpine, and end the process.
+    if len(token) > MAX_TOKEN_LENGTH:
+        raise InvalidToken
+    try:
+        payload = jwt.decode(
+            token, SECRET_KEY, algorithms=["HS256"], options={"verify_exp": not allow_expired}
+        )
+        claims = Claims.model_validate(payload)
+    # Pydantic's ValidationError is a ValueError.
+    except (jwt.InvalidTokenError, ValueError):
+        raise InvalidToken from None
+    if claims.type != token_type:
+        raise InvalidToken
+    return claims
+
+
+# Passwords
 
 # The Unicode categories of punctuation, symbols and separators. A space is a separator.
 SYMBOL_CATEGORIES = "PSZ"
@@ -93,61 +290,129 @@ def check_password_strength(password: str) -> str:
     return password
 
 
+# Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
+hasher = PasswordHasher()
+
+# A login with an unknown email verifies this hash, so that its response takes as long as that to a
+# wrong password.
+UNKNOWN_USER: db.Document = {
+    "_id": "unknown",
+    "password_hash": hasher.hash(secrets.token_urlsafe()),
+}
+
+
+def hash_password(password: str, network: str) -> str:
+    """Return the Argon2id hash of the password. Raises Overloaded.
+
+    The network is that of the client, because each network has a share of the places for hashes.
+    """
+    with hold_hash_place(network):
+        return hasher.hash(password)
+
+
+def verify_password(password_hash: str, password: str, network: str) -> bool:
+    """Return whether the password matches the Argon2id hash. Raises Overloaded."""
+    with hold_hash_place(network):
+        try:
+            return hasher.verify(password_hash, password)
+        except VerifyMismatchError:
+            return False
+
+
 class Overloaded(HTTPException):
-    """The error response when the hash queue is full, or no memory or thread is available."""
+    """The error response if the client's network has no place for a hash, or memory is short."""
 
     def __init__(self) -> None:
         super().__init__(503, "The service is overloaded; try again", {"Retry-After": "1"})
 
 
-# A hash takes 64 MiB and about 0.1 s. Two threads limit the memory and leave time for requests
-# that need no hash. Further hashes wait in the executor, first come, first served.
-hash_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hash")
+MAX_HASH_PLACES = 16
+hash_places: list[str] = []  # the network of each hash that runs or waits
+hash_places_lock = Lock()
+
+# A hash takes 64 MiB and about 0.1 s. Two at a time limit the memory, and leave processor time for
+# requests that need no hash.
+running_hashes = Semaphore(2)
 
 
-def hash_password(password: str) -> str:
-    """Return the Argon2id hash of the password. Raises Overloaded."""
+@contextmanager
+def hold_hash_place(network: str) -> Iterator[None]:
+    """Hold one of the places for hashes of this process, and wait until the hash may run.
+
+    A network gets a place only while it holds fewer places than are free: the first network gets 8
+    of the 16, the next ones 4, 2, 1 and 1. So no client can take all places and lock out all
+    others.
+    """
+    with hash_places_lock:
+        free_places = MAX_HASH_PLACES - len(hash_places)
+        own_places = hash_places.count(network)
+        if own_places >= free_places:
+            raise Overloaded
+        hash_places.append(network)
     try:
-        return hash_threads.submit(hasher.hash, password).result()
-    except (Argon2Error, MemoryError, RuntimeError) as error:
-        # submit() raises RuntimeError if no thread can be started.
+        with running_hashes:
+            yield
+    except (Argon2Error, MemoryError) as error:
+        # argon2-cffi raises an Argon2Error if it gets no memory or no thread.
         logger.error("The service is overloaded: %r", error)
         raise Overloaded from None
+    finally:
+        with hash_places_lock:
+            hash_places.remove(network)
 
 
-# argon2-cffi raises the same exception for these reasons and for a damaged hash.
-ARGON2_OVERLOAD_MESSAGES = ("Memory allocation error", "Threading failure")
+# Login limit
+
+LIMIT_PERIOD = timedelta(hours=1)
+MAX_FAILURES_PER_NETWORK = 20
 
 
-def verify_password(password_hash: str, password: str) -> bool:
-    """Return whether the password matches the hash. Raises Overloaded."""
-    try:
-        return hash_threads.submit(hasher.verify, password_hash, password).result()
-    except VerifyMismatchError:
-        return False
-    except (MemoryError, RuntimeError) as error:
-        logger.error("The service is overloaded: %r", error)
-        raise Overloaded from None
-    except (Argon2Error, ValueError) as error:
-        if str(error) in ARGON2_OVERLOAD_MESSAGES:
-            logger.error("The service is overloaded: %r", error)
-            raise Overloaded from None
-        # The hash is damaged or of another kind. A faster response than for an unknown email would
-        # reveal that the email is registered.
-        hash_password(password)
-        return False
+def check_login_limit(user: db.Document, network: str) -> None:
+    """Raise a 429 if the user has had too many failed logins within an hour.
+
+    The limit is 20 from one network, and 100 from all networks (NIST SP 800-63B-4 section 3.2.2).
+    A network with a live session of the user is exempt from the second one. So a stranger in
+    another network cannot lock the user out. Strangers in five networks can, except where the user
+    has a live session.
+    """
+    # A failure far in the future is the mistake of a clock, and must not lock the user out.
+    recent_failures = [
+        failure
+        for failure in user.get("login_failures", [])
+        if abs(now() - failure["failed_at"]) < LIMIT_PERIOD
+    ]
+    own_failures = [failure for failure in recent_failures if failure["network"] == network]
+    wait = get_wait(own_failures, MAX_FAILURES_PER_NETWORK)
+    wait_for_all = get_wait(recent_failures, db.MAX_LOGIN_FAILURES)
+    if wait_for_all > wait:
+        start_of_live_sessions = now() - REFRESH_TOKEN_LIFETIME
+        if not db.has_session_since(str(user["_id"]), network, start_of_live_sessions):
+            wait = wait_for_all
+    if wait > timedelta(0):
+        logger.warning("authn_login_lock user=%s network=%s", user["_id"], network)
+        retry_after = str(math.ceil(wait.total_seconds()))
+        detail = "Too many failed logins; try again later"
+        raise HTTPException(429, detail, {"Retry-After": retry_after})
+
+
+def get_wait(recent_failures: list[db.Document], limit: int) -> timedelta:
+    """Return the time until fewer failures than the limit are younger than LIMIT_PERIOD."""
+    if len(recent_failures) < limit:
+        return timedelta(0)
+    times: list[datetime] = sorted(failure["failed_at"] for failure in recent_failures)
+    return times[-limit] + LIMIT_PERIOD - now()
 
 
 # The client's network
 
 
-async def get_client_network(request: Request) -> str:
-    """Return the client's IPv4 address or IPv6 /64 network, or "unknown".
+async def get_client_network(connection: HTTPConnection) -> str:
+    """Return the client's IPv4 address or IPv6 /56 network, or "unknown".
 
     It is async because FastAPI would run a plain function in another thread.
     """
     try:
-        address = ipaddress.ip_address(request.client.host if request.client else "")
+        address = ipaddress.ip_address(connection.client.host if connection.client else "")
     except ValueError:
         # uvicorn can take the host from X-Forwarded-For, which can contain any text.
         return "unknown"
@@ -155,282 +420,8 @@ async def get_client_network(request: Request) -> str:
         return str(address)
     if address.ipv4_mapped:
         return str(address.ipv4_mapped)
-    # A customer usually has at least a /64 network, and could use a new address for each request.
-    return str(ipaddress.IPv6Network((int(address), 64), strict=False).network_address)
+    # A customer usually has a /56 network (RIPE-690), and could use any address in it.
+    return str(ipaddress.IPv6Network((int(address), 56), strict=False).network_address)
 
 
 ClientNetwork = Annotated[str, Depends(get_client_network)]
-
-
-# Login limit
-
-
-class TooManyFailedLogins(HTTPException):
-    """The error response to a login that has to wait."""
-
-    def __init__(self, wait: timedelta) -> None:
-        retry_after = str(math.ceil(wait.total_seconds()))
-        detail = "Too many failed logins; try again later"
-        super().__init__(429, detail, {"Retry-After": retry_after})
-
-
-MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
-
-
-def get_time_until_below_limit(
-    failures: list[db.Document], limit: int, period: timedelta
-) -> timedelta:
-    """Return the time until fewer than `limit` of the failures are younger than `period`."""
-    ages = sorted(now() - failure["failed_at"] for failure in failures)
-    # The age is negative if a clock was set back. A failure far in the future is ignored.
-    # Otherwise, a clock that was a day ahead for a moment could lock the user out for a day.
-    recent_ages: list[timedelta] = [age for age in ages if abs(age) < period]
-    if len(recent_ages) < limit:
-        return timedelta(0)
-    # Fewer than `limit` failures are left when the one at this position is too old.
-    decisive_age = recent_ages[limit - 1]
-    return period - decisive_age
-
-
-def check_login_limit(user: db.Document, network: str) -> None:
-    """Raise TooManyFailedLogins if a login of the user from this network has to wait.
-
-    A failure counts mainly for its own network, so that a stranger cannot lock out the user. The
-    limit for all networks is for attackers with many addresses (NIST SP 800-63B-4 section 3.2.2).
-    """
-    failures = user.get("login_failures", [])
-    own_failures = [failure for failure in failures if failure["network"] == network]
-    wait = max(
-        get_time_until_below_limit(own_failures, limit=5, period=MINUTE),
-        get_time_until_below_limit(own_failures, limit=20, period=HOUR),
-    )
-    overall_wait = get_time_until_below_limit(failures, limit=db.MAX_LOGIN_FAILURES, period=HOUR)
-    if overall_wait > wait:
-        # Networks with a live session of the user are exempt.
-        start_of_live_sessions = now() - REFRESH_TOKEN_LIFETIME
-        if not db.has_session_since(str(user["_id"]), network, start_of_live_sessions):
-            wait = overall_wait
-    if wait > timedelta(0):
-        logger.warning("authn_login_lock user=%s network=%s", user["_id"], network)
-        raise TooManyFailedLogins(wait)
-
-
-# Login
-
-
-class WrongCredentials(HTTPException):
-    """The error response to a wrong email or password. It does not reveal which one is wrong."""
-
-    def __init__(self) -> None:
-        super().__init__(401, "Wrong email or password", {"WWW-Authenticate": "Bearer"})
-
-
-# An unknown email must take as long as a wrong password. Otherwise, the response time would reveal
-# which emails are registered.
-UNKNOWN_USER: db.Document = {
-    "_id": "unknown",
-    "password_hash": hasher.hash(secrets.token_urlsafe()),
-}
-
-
-def authenticate(email: str, password: str, network: str) -> tuple[str, str]:
-    """Return the user's id and the password hash that was verified.
-
-    Raises WrongCredentials, TooManyFailedLogins or Overloaded.
-    """
-    # Repeated only if another request replaces the password hash at the same time.
-    while True:
-        user = db.find_user_by_email(email) or UNKNOWN_USER
-        check_login_limit(user, network)
-        user_id, password_hash = str(user["_id"]), user["password_hash"]
-        is_correct = verify_password(password_hash, password)
-        # Other guesses may have reached the limit while this one waited for its hash.
-        current_user = db.find_user_by_email(email) or UNKNOWN_USER
-        check_login_limit(current_user, network)
-        if not is_correct:
-            db.record_failed_login(email, network, now())
-            logger.warning("authn_login_fail user=%s network=%s", user_id, network)
-            raise WrongCredentials
-        if not hasher.check_needs_rehash(password_hash):
-            return user_id, password_hash
-        # The hash was made with other parameters than those of today.
-        new_hash = hash_password(password)
-        if db.replace_password_hash(user_id, password_hash, new_hash):
-            return user_id, new_hash
-
-
-# Tokens
-
-
-class Claims(BaseModel, strict=True):
-    """The claims of a token (RFC 7519). exp is a Unix time in seconds."""
-
-    type: Literal["access", "refresh"]
-    sub: str = Field(pattern="^[0-9a-f]{24}$")
-    sid: str = Field(pattern="^[0-9a-f]{32}$")
-    generation: int = Field(ge=0, lt=2**31)
-    exp: int
-
-
-class Tokens(BaseModel):
-    """An access token, and a refresh token for the next pair."""
-
-    user_id: str
-    access_token: str
-    refresh_token: str
-
-
-class InvalidToken(HTTPException):
-    """The error response to an invalid token (RFC 6750 section 3.1)."""
-
-    def __init__(self) -> None:
-        challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
-        super().__init__(401, "The token is invalid, has expired or was revoked", challenge)
-
-
-def create_tokens(user_id: str, session: db.Session) -> Tokens:
-    """Return signed tokens for this generation of the session."""
-    claims = {"sub": user_id, "sid": session["sid"], "generation": session["generation"]}
-    issued_at = session["issued_at"]
-    access_claims = claims | {"type": "access", "exp": issued_at + ACCESS_TOKEN_LIFETIME}
-    refresh_claims = claims | {"type": "refresh", "exp": issued_at + REFRESH_TOKEN_LIFETIME}
-    return Tokens(
-        user_id=user_id,
-        access_token=jwt.encode(access_claims, SECRET_KEY, algorithm="HS256"),
-        refresh_token=jwt.encode(refresh_claims, SECRET_KEY, algorithm="HS256"),
-    )
-
-
-# Longer than any token that the service issues.
-MAX_TOKEN_LENGTH = 300
-
-
-def read_token(token: str, token_type: str, allow_expired: bool = False) -> Claims:
-    """Return the claims of a valid token of this type (RFC 8725). Raises InvalidToken."""
-    # PyJWT parses the header before it checks the signature. The parser is recursive, and a long
-    # header could overflow the stack of a thread, which is small on Alpine. That ends the process.
-    if len(token) > MAX_TOKEN_LENGTH:
-        raise InvalidToken
-    try:
-        payload = jwt.decode(
-            token,
-            SECRET_KEY,
-            algorithms=["HS256"],
-            options={"verify_exp": not allow_expired},
-        )
-        claims = Claims.model_validate(payload)
-    # Pydantic's ValidationError is a ValueError.
-    except (jwt.InvalidTokenError, ValueError):
-        raise InvalidToken from None
-    if claims.type != token_type:
-        raise InvalidToken
-    return claims
-
-
-# Sessions
-
-REUSE_GRACE = timedelta(seconds=60)
-
-
-def create_session() -> db.Session:
-    """Return a new session, not yet stored."""
-    return db.Session(sid=secrets.token_hex(16), generation=0, issued_at=now())
-
-
-def is_within_grace(claims: Claims, session: db.Session) -> bool:
-    """Return whether the token was replaced once, less than REUSE_GRACE ago."""
-    was_replaced_once = session["generation"] == claims.generation + 1
-    # The difference is negative if a clock was set back.
-    return was_replaced_once and abs(now() - session["issued_at"]) < REUSE_GRACE
-
-
-def rotate_session(refresh_token: str) -> Tokens:
-    """Return the tokens of the next generation. Raises InvalidToken.
-
-    A client that lost a response can repeat its token within REUSE_GRACE. Any other replaced or
-    expired token may be stolen and revokes the session (RFC 9700 section 4.14.2).
-    """
-    claims = read_token(refresh_token, "refresh", allow_expired=True)
-    is_expired = claims.exp <= now().timestamp()
-    if is_expired:
-        revoke_session(claims)
-        raise InvalidToken
-    next_session = db.Session(sid=claims.sid, generation=claims.generation + 1, issued_at=now())
-    if db.advance_session(claims.sub, next_session):
-        return create_tokens(claims.sub, next_session)
-    stored_session = db.find_session(claims.sub, claims.sid)
-    if stored_session and is_within_grace(claims, stored_session):
-        logger.info("authn_token_reuse_in_grace user=%s session=%s", claims.sub, claims.sid)
-        # Another generation would make the tokens of the lost response look stolen if the client
-        # received them after all.
-        return create_tokens(claims.sub, stored_session)
-    revoke_session(claims)
-    raise InvalidToken
-
-
-def revoke_session(claims: Claims) -> None:
-    """Delete the session of a refresh token if it exists."""
-    session = db.find_session(claims.sub, claims.sid)
-    # Even if there is no session, an earlier deletion may not have reached a majority of the
-    # servers yet. The update waits for that, or the session could return when a server fails.
-    was_deleted = db.delete_session(claims.sub, claims.sid)
-    if session is None or not was_deleted:
-        return
-    was_replaced = session["generation"] > claims.generation
-    if was_replaced and not is_within_grace(claims, session):
-        logger.critical("authn_token_reuse user=%s session=%s", claims.sub, claims.sid)
-    else:
-        logger.info("authn_token_revoked user=%s session=%s", claims.sub, claims.sid)
-
-
-# Current user
-
-
-class User(BaseModel):
-    """The current user. created_at is in UTC."""
-
-    id: str
-    email: str
-    created_at: datetime
-
-
-bearer = HTTPBearer(description="Paste an access_token.")
-
-
-def get_current_user(token: Annotated[HTTPAuthorizationCredentials, Depends(bearer)]) -> User:
-    """Return the user whose access token is in the Authorization header. Raises InvalidToken."""
-    claims = read_token(token.credentials, "access")
-    user = db.find_user_by_session(claims.sub, claims.sid)
-    if user is None:
-        raise InvalidToken
-    return User(id=claims.sub, email=user["email"], created_at=user["created_at"])
-
-
-CurrentUser = Annotated[User, Depends(get_current_user)]
-
-
-# Hash queue
-
-HASH_QUEUE_SIZE = 16
-hash_queue: list[str] = []  # the network of each request
-hash_queue_lock = Lock()
-
-
-@contextmanager
-def place_in_hash_queue(network: str) -> Iterator[None]:
-    """Hold a place in the hash queue of this process. Never waits; raises Overloaded.
-
-    A network gets a place only while it holds fewer places than are free. Otherwise, a flood from
-    one network would lock out all others. A request waits for its hash in one of AnyIO's threads,
-    40 by default.
-    """
-    with hash_queue_lock:
-        free_places = HASH_QUEUE_SIZE - len(hash_queue)
-        if hash_queue.count(network) >= free_places:
-            raise Overloaded
-        hash_queue.append(network)
-    try:
-        yield
-    finally:
-        with hash_queue_lock:
-            hash_queue.remove(network)

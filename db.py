@@ -1,43 +1,37 @@
-"""Settings, MongoDB connection, circuit breaker and queries.
+"""Settings, and the collection `users`.
 
-A user is one document:
+A user is one document, so each change of a user or a session is one atomic update:
 
     {_id, email, password_hash, created_at,
      refresh_tokens: [{sid, generation, issued_at, network}],  # the sessions
      login_failures: [{network, failed_at}]}
 
-Times are in UTC. Other programs can use the collection, too, so the queries accept documents that
-lack fields or have fields of other types.
+The sessions are in a field named `refresh_tokens` because existing databases use that name. Times
+are in UTC. Other programs may keep documents of their own in the collection.
 """
 
 import logging
 import os
 import sys
-import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from io import StringIO
 from pathlib import Path
+from threading import RLock
 from time import monotonic
 from typing import Any, NoReturn, TypedDict
+from warnings import catch_warnings, filterwarnings
 
 import mongomock
 from bson import ObjectId
-from bson.errors import BSONError
-from dns.exception import DNSException
-from dotenv import load_dotenv
+from bson.errors import InvalidBSON
+from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 from fastapi import HTTPException
 from pymongo import MongoClient, ReadPreference, WriteConcern
 from pymongo.collection import Collection
-from pymongo.errors import (
-    ConnectionFailure,
-    DuplicateKeyError,
-    OperationFailure,
-    ProtocolError,
-    PyMongoError,
-)
+from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 from pymongo.read_concern import ReadConcern
 
 logger = logging.getLogger("auth_jwt")
@@ -51,46 +45,42 @@ Document = dict[str, Any]
 def abort_startup(reason: str) -> NoReturn:
     """Print the reason and exit with status 3, which also ends `uvicorn --workers`."""
     print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
-    sys.exit(3)
+    # A traceback must not contain an earlier error, whose message could quote a secret.
+    raise SystemExit(3) from None
 
 
-def load_env_file() -> Path | None:
-    """Load the nearest .env, in the folder of this file or above, and return its path.
+def find_env_file() -> Path | None:
+    """Return the path of the nearest .env, in the folder of this file or above."""
+    for folder in Path(__file__).absolute().parents:
+        path = folder / ".env"
+        # Some virtual environments are folders named .env.
+        if os.path.lexists(path) and not path.is_dir():
+            return path
+    return None
 
-    Environment variables take precedence over the file.
-    """
-    # find_dotenv() would search from the working directory in some cases, such as in a debugger.
-    folders = Path(__file__).absolute().parents
-    env_file = next((folder / ".env" for folder in folders if (folder / ".env").is_file()), None)
-    if env_file is None:
-        return None
-    malformed = f"{env_file} must be UTF-8 text with lines of the form NAME=value."
-    try:
-        with env_file.open(encoding="utf-8-sig") as lines:
-            # load_dotenv() only logs a warning about a malformed line.
-            if any(binding.error for binding in parse_stream(lines)):
-                abort_startup(malformed)
-        load_dotenv(env_file, encoding="utf-8-sig")
-    except (OSError, ValueError):
-        abort_startup(malformed)
-    return env_file
+
+def read_env_file(path: Path) -> dict[str, str | None]:
+    """Return the settings in the file. It is read once, because it can be a named pipe."""
+    text = path.read_text(encoding="utf-8-sig")
+    # dotenv_values() would skip a malformed line.
+    if any(binding.error for binding in parse_stream(StringIO(text))):
+        abort_startup(f"{path} must consist of lines of the form NAME=value.")
+    return dotenv_values(stream=StringIO(text))
+
+
+ENV_FILE = find_env_file()
+env_file_settings = read_env_file(ENV_FILE) if ENV_FILE else {}
 
 
 def read_setting(name: str, default: str = "") -> str:
-    """Return the setting without surrounding white space, or the default if it is empty.
+    """Return the setting from the environment or else from .env, or the default if it is empty.
 
-    A secret that is mounted as a file often ends with a newline.
+    White space around it is removed, because a secret in a file often ends with a newline.
     """
-    value = os.getenv(name, "").strip()
-    try:
-        # os.getenv() returns bytes that are not UTF-8 as surrogates, which cannot be encoded.
-        value.encode()
-    except UnicodeEncodeError:
-        abort_startup(f"{name} must be UTF-8 text.")
-    return value or default
+    value = os.environ.get(name, env_file_settings.get(name))
+    return (value or "").strip() or default
 
 
-ENV_FILE = load_env_file()
 MONGO_URI = read_setting("MONGO_URI")
 MONGO_DB_NAME = read_setting("MONGO_DB_NAME", "auth_db")
 
@@ -108,13 +98,11 @@ def get_collection() -> Collection[Document]:
     """
     if not MONGO_URI:
         return mongomock.MongoClient(tz_aware=True)["memory"]["users"]
-    if "://" not in MONGO_URI:
-        abort_startup("MONGO_URI must start with mongodb:// or mongodb+srv://.")
     try:
-        with warnings.catch_warnings(action="default"):
+        with catch_warnings(action="default"):
             # PyMongo only warns about an option that it ignores, and a misspelled TLS option would
-            # disable TLS. Its other warnings are harmless, such as one about another vendor.
-            warnings.filterwarnings("error", "Unknown option|The value of|authMechanism must")
+            # disable TLS. Its other warnings are harmless.
+            filterwarnings("error", "Unknown option|The value of|authMechanism must")
             client = MongoClient[Document](
                 MONGO_URI,
                 connect=False,
@@ -126,7 +114,7 @@ def get_collection() -> Collection[Document]:
                 maxConnecting=16,
             )
         # These settings take precedence over the options in MONGO_URI. A session that was
-        # reported as stored or revoked must stay so when a server fails.
+        # reported as stored or deleted must stay so when a server fails.
         return client[MONGO_DB_NAME].get_collection(
             "users",
             write_concern=WriteConcern("majority", j=True),
@@ -137,14 +125,13 @@ def get_collection() -> Collection[Document]:
         abort_startup("MONGO_URI has an unknown option or an invalid option value.")
     except Exception as error:
         # The message of the error can quote the password.
-        name = type(error).__name__
-        abort_startup(f"MONGO_URI or MONGO_DB_NAME is invalid ({name}); see README.md.")
+        abort_startup(f"MONGO_URI or MONGO_DB_NAME is invalid ({type(error).__name__}).")
 
 
 users = get_collection()
 
 
-# Errors and circuit breaker
+# Outages
 
 
 class DatabaseUnavailable(HTTPException):
@@ -154,89 +141,69 @@ class DatabaseUnavailable(HTTPException):
         super().__init__(503, "The database is unavailable; try again", {"Retry-After": "2"})
 
 
-class DatabaseError(HTTPException):
-    """The error response to any other MongoDB error. error_name is the name for the log."""
-
-    def __init__(self, error_name: str) -> None:
-        super().__init__(500, "Internal server error")
-        self.error_name = error_name
-
-
 RETRY_INTERVAL = 1.0  # seconds
 
-# Values of monotonic(). next_attempt is 0.0 while the circuit breaker is closed.
-last_response = 0.0
-next_attempt = 0.0
+# Values of monotonic(). next_attempt is None unless there is an outage.
+last_response = float("-inf")
+next_attempt: float | None = None
 
 # The operations of mongomock are not atomic.
-memory_lock = nullcontext() if MONGO_URI else threading.Lock()
+memory_lock = nullcontext() if MONGO_URI else RLock()
 
 
 @contextmanager
 def circuit_breaker() -> Iterator[None]:
-    """Raise DatabaseUnavailable or DatabaseError instead of PyMongo's errors.
+    """Run queries, and raise error responses instead of MongoDB's errors.
 
-    While MongoDB is unavailable, only one query is tried per RETRY_INTERVAL. Without this limit,
-    each request would occupy a thread for TIMEOUT_MS, and no thread would be left for requests
-    that need no database. Use it in a `with` statement or as a decorator.
+    During an outage of MongoDB, only one query per RETRY_INTERVAL is tried. Otherwise, each request
+    would occupy a thread for TIMEOUT_MS, and no thread would be left for requests that need no
+    database. Use it in a `with` statement or as a decorator.
     """
-    global next_attempt
-    # Another thread can close the circuit breaker between two reads.
+    global last_response, next_attempt
+    # Read once, because another thread can end the outage at any time.
     scheduled_attempt = next_attempt
-    if monotonic() < scheduled_attempt:
-        raise DatabaseUnavailable
-    if scheduled_attempt:
-        # Several threads can get here at once. Then each tries one query, which is harmless.
+    if scheduled_attempt is not None:
+        if monotonic() < scheduled_attempt:
+            raise DatabaseUnavailable
         next_attempt = monotonic() + RETRY_INTERVAL
+    failure = None
     try:
         with memory_lock:
             yield
-    # PyMongo raises a ValueError for some passwords in MONGO_URI, at the first connection.
-    except (PyMongoError, BSONError, ValueError) as error:
-        if is_outage(error):
-            record_outage()
-            raise DatabaseUnavailable from None
-        record_response()
-        error_name = get_error_name(error)
-        logger.error("MongoDB returned an error: %s", error_name)
-        raise DatabaseError(error_name) from None
-    record_response()
-
-
-# The codes of MongoDB's errors after which a retry can succeed. PyMongo retries only some of them.
-TRANSIENT_ERROR_CODES = {
-    6,  # HostUnreachable
-    7,  # HostNotFound
-    24,  # LockTimeout
-    89,  # NetworkTimeout
-    112,  # WriteConflict
-    133,  # FailedToSatisfyReadPreference
-    262,  # ExceededTimeLimit
-    462,  # IngressRequestRateLimitExceeded
-    9001,  # SocketException
-    16500,  # a rate limit of Azure Cosmos DB
-}
+    except (PyMongoError, InvalidBSON) as error:
+        failure = error
+    if failure and is_outage(failure):
+        # While other queries get responses, this may be just a lost connection.
+        is_responding = monotonic() - last_response <= RETRY_INTERVAL
+        if next_attempt is None and not is_responding:
+            next_attempt = monotonic() + RETRY_INTERVAL
+            logger.error(
+                "MongoDB is not responding (%s). Is it running, and is MONGO_URI correct?",
+                get_error_name(failure),
+            )
+        raise DatabaseUnavailable from None
+    last_response = monotonic()
+    if next_attempt is not None:
+        next_attempt = None
+        logger.warning("MongoDB is responding again.")
+    if failure:
+        logger.error("MongoDB returned an error: %s", get_error_name(failure))
+        raise HTTPException(500, "Internal server error") from None
 
 
 def is_outage(error: Exception) -> bool:
     """Return whether a retry can succeed, because no server gave a usable response."""
-    # The DNS lookup of mongodb+srv raises a ConfigurationError.
-    if isinstance(error.__cause__, DNSException):
-        return True
-    if isinstance(error, ConnectionFailure | ProtocolError):
-        return True
-    if isinstance(error, OperationFailure) and error.code in TRANSIENT_ERROR_CODES:
-        return True
-    # For example a query that timed out, or a server that is shutting down.
-    return isinstance(error, PyMongoError) and (
-        error.timeout or error.has_error_label("RetryableWriteError")
-    )
+    if isinstance(error, OperationFailure):
+        # For example a query that timed out, or a server that is shutting down.
+        return error.timeout or error.has_error_label("RetryableWriteError")
+    # InvalidBSON is the error for a document that cannot be decoded.
+    return not isinstance(error, InvalidBSON)
 
 
 def get_error_name(error: Exception) -> str:
     """Return MongoDB's name for the error, or else PyMongo's.
 
-    The message could contain part of a document.
+    The message of the error could quote a document.
     """
     details: Mapping[str, Any] = {}
     if isinstance(error, OperationFailure):
@@ -244,41 +211,28 @@ def get_error_name(error: Exception) -> str:
     return str(details.get("codeName") or type(error).__name__)
 
 
-def record_outage() -> None:
-    """Open the circuit breaker unless MongoDB has responded within RETRY_INTERVAL."""
-    global next_attempt
-    is_open = next_attempt > 0
-    if not is_open and monotonic() - last_response > RETRY_INTERVAL:
-        next_attempt = monotonic() + RETRY_INTERVAL
-        logger.error("MongoDB is not responding. Is it running, and is MONGO_URI correct?")
-
-
-def record_response() -> None:
-    """Close the circuit breaker."""
-    global last_response, next_attempt
-    last_response = monotonic()
-    is_open = next_attempt > 0
-    if is_open:
-        next_attempt = 0.0
-        logger.warning("MongoDB is responding again.")
-
-
 # Unique index
+
+# MongoDB's codes for an index that has the same keys and another name, or the other way round.
+INDEX_CONFLICTS = (85, 86)
+
+
+def ensure_unique_index() -> None:
+    """Create a unique index on `email` unless there is one. Waits for one that is being created."""
+    try:
+        users.create_index("email", unique=True)
+    except OperationFailure as error:
+        is_conflict = error.code in INDEX_CONFLICTS
+        if not (is_conflict and any(map(is_unique_on_email, users.index_information().values()))):
+            raise
 
 
 def is_unique_on_email(index: Mapping[str, Any]) -> bool:
     """Return whether an index, as index_information() describes it, makes all emails unique."""
-    is_unique = index.get("unique", False)
-    is_on_email = index["key"] in ([("email", 1)], [("email", -1)])
     # A collation is a way to compare text. One that ignores case would change which emails differ.
     has_filter_or_collation = "partialFilterExpression" in index or "collation" in index
-    return is_unique and is_on_email and not has_filter_or_collation
-
-
-def ensure_unique_index() -> None:
-    """Create a unique index on `email` unless there is one under any name."""
-    if not any(is_unique_on_email(index) for index in users.index_information().values()):
-        users.create_index("email", unique=True)
+    is_on_email = index["key"] == [("email", 1)]
+    return bool(index.get("unique")) and is_on_email and not has_filter_or_collation
 
 
 def prepare_collection() -> None:
@@ -288,8 +242,8 @@ def prepare_collection() -> None:
             ensure_unique_index()
     except DatabaseUnavailable:
         return
-    except DatabaseError as error:
-        abort_startup(f"MongoDB at MONGO_URI is not usable ({error.error_name}); see README.md.")
+    except HTTPException:
+        abort_startup("MongoDB returned the error above.")
 
 
 # Queries
@@ -319,28 +273,30 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
         "refresh_tokens": [{**session, "network": network}],
     }
     try:
-        return str(users.insert_one(user).inserted_id)
+        users.insert_one(user)
     except DuplicateKeyError:
-        is_taken = users.find_one({"email": email}, {"_id": 1}) is not None
-        if is_taken:
+        if users.find_one({"email": email}, {"_id": 1}) is not None:
             return None
-        # Another program has a unique index. circuit_breaker raises DatabaseError.
-        raise
+        # The other user has just been deleted. If it is another unique index, this fails again.
+        users.insert_one(user)
+    return str(user["_id"])
+
+
+def login_query(email: str) -> Document:
+    """Return a query for the user with this email, which ignores documents of other programs."""
+    # In MongoDB, a condition on a field also holds if the field is an array with such an element.
+    is_no_array = {"$not": {"$type": "array"}}
+    return {
+        "_id": {"$type": "objectId"},
+        "email": {"$eq": email, **is_no_array},
+        "password_hash": {"$regex": r"^\$argon2id\$", **is_no_array},
+    }
 
 
 @circuit_breaker()
 def find_user_by_email(email: str) -> Document | None:
     """Return the user's id, password hash and failed logins, or None."""
-    projection = {"email": 1, "password_hash": 1, "login_failures": 1}
-    user = users.find_one({"email": email}, projection)
-    # Documents of other programs may have other types, such as a list of emails or a numeric _id.
-    is_usable = (
-        user is not None
-        and isinstance(user["_id"], ObjectId)
-        and isinstance(user["email"], str)
-        and isinstance(user.get("password_hash"), str)
-    )
-    return user if is_usable else None
+    return users.find_one(login_query(email), {"password_hash": 1, "login_failures": 1})
 
 
 @circuit_breaker()
@@ -357,14 +313,6 @@ def find_user_by_session(user_id: str, sid: str) -> Document | None:
 
 
 @circuit_breaker()
-def replace_password_hash(user_id: str, old_hash: str, new_hash: str) -> bool:
-    """Replace the password hash if it is still the old one. Return whether it was."""
-    user = {"_id": ObjectId(user_id), "password_hash": old_hash}
-    change = {"$set": {"password_hash": new_hash}}
-    return users.update_one(user, change).matched_count == 1
-
-
-@circuit_breaker()
 def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     """Add a failed login and keep the newest ones. Does nothing for an unknown email."""
     failure = {"network": network, "failed_at": failed_at}
@@ -373,7 +321,7 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     # The update of an unknown email writes nothing. A write that waited for other servers or the
     # journal would take longer, which would reveal that the email is registered.
     fast_users = users.with_options(write_concern=WriteConcern(1))
-    fast_users.update_one({"email": email}, {"$push": {"login_failures": push}})
+    fast_users.update_one(login_query(email), {"$push": {"login_failures": push}})
 
 
 @circuit_breaker()
@@ -385,30 +333,26 @@ def has_session_since(user_id: str, network: str, since: datetime) -> bool:
 
 
 @circuit_breaker()
-def add_session(user_id: str, verified_hash: str, session: Session, network: str) -> bool:
-    """Add a session and drop the failed logins of its network.
+def add_session(
+    user_id: str, verified_hash: str, new_hash: str, session: Session, network: str
+) -> bool:
+    """Add a session, set the password hash and drop the failed logins of the network.
 
-    Return whether the user still exists with the password hash that was verified. Otherwise, a
-    login could continue with a password that was changed in the meantime.
+    Return whether the user still exists with the verified hash. The query contains it, so that a
+    password that was changed in the meantime gets no session.
     """
-    user = {"_id": ObjectId(user_id), "password_hash": verified_hash}
-    # A number in a path is a position. The last one is empty while there is room.
-    has_room = {f"refresh_tokens.{MAX_SESSIONS - 1}": {"$exists": False}}
-    change = {
-        "$push": {"refresh_tokens": {**session, "network": network}},
+    query = {"_id": ObjectId(user_id), "password_hash": verified_hash}
+    newest_sessions = {
+        "$each": [{**session, "network": network}],
+        "$sort": {"issued_at": 1},
+        "$slice": -MAX_SESSIONS,
+    }
+    changes = {
+        "$set": {"password_hash": new_hash},
+        "$push": {"refresh_tokens": newest_sessions},
         "$pull": {"login_failures": {"network": network}},
     }
-    # Adds nothing, sorts the sessions by time and keeps the last ones. In one update with the new
-    # session, $sort could put the new one first if this server's clock is slow.
-    keep_newest = {"$each": [], "$sort": {"issued_at": 1}, "$slice": 1 - MAX_SESSIONS}
-    # Repeated if another login takes the room that was made.
-    while True:
-        is_added = users.update_one(user | has_room, change).matched_count == 1
-        if is_added:
-            return True
-        made_room = users.update_one(user, {"$push": {"refresh_tokens": keep_newest}})
-        if made_room.matched_count == 0:
-            return False
+    return users.update_one(query, changes).matched_count == 1
 
 
 @circuit_breaker()
@@ -436,7 +380,14 @@ def find_session(user_id: str, sid: str) -> Session | None:
 
 
 @circuit_breaker()
-def delete_session(user_id: str, sid: str) -> bool:
-    """Delete the session. Return whether it existed."""
+def delete_session(user_id: str, sid: str) -> Session | None:
+    """Delete the session. Return it as it was, or None if it does not exist.
+
+    Even if it does not exist, MongoDB responds only when a majority of the servers has the earlier
+    deletion. Otherwise, the session could return when a server fails.
+    """
+    query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
+    projection = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
     removal = {"$pull": {"refresh_tokens": {"sid": sid}}}
-    return users.update_one({"_id": ObjectId(user_id)}, removal).modified_count == 1
+    user = users.find_one_and_update(query, removal, projection)
+    return user["refresh_tokens"][0] if user else None
