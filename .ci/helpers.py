@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import pymongo
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PASSWORD = "MyS3cret@1"
 
 
