@@ -26,7 +26,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from threading import Lock, Semaphore
+from threading import Condition, get_ident
 from typing import Annotated, Literal
 
 import jwt
@@ -327,12 +327,13 @@ class Overloaded(HTTPException):
 
 
 MAX_HASH_PLACES = 16
-hash_places: list[str] = []  # the network of each hash that runs or waits
-hash_places_lock = Lock()
-
 # A hash takes 64 MiB and about 0.1 s. Two at a time limit the memory, and leave processor time for
 # requests that need no hash.
-running_hashes = Semaphore(2)
+MAX_RUNNING_HASHES = 2
+
+# The network of each thread that hashes or waits, in the order of arrival.
+hash_places: dict[int, str] = {}
+hash_places_changed = Condition()
 
 
 @contextmanager
@@ -340,25 +341,29 @@ def hold_hash_place(network: str) -> Iterator[None]:
     """Hold one of the places for hashes of this process, and wait until the hash may run.
 
     A network gets a place only while it holds fewer places than are free: the first network gets 8
-    of the 16, the next ones 4, 2, 1 and 1. So no client can take all places and lock out all
-    others.
+    of the 16, the next ones 4, 2, 1 and 1. So no network can take all places and lock out all
+    others. Raises Overloaded.
     """
-    with hash_places_lock:
+    thread = get_ident()
+    with hash_places_changed:
         free_places = MAX_HASH_PLACES - len(hash_places)
-        own_places = hash_places.count(network)
+        own_places = list(hash_places.values()).count(network)
         if own_places >= free_places:
             raise Overloaded
-        hash_places.append(network)
+        hash_places[thread] = network
     try:
-        with running_hashes:
-            yield
+        with hash_places_changed:
+            # First come, first served. With a semaphore, a thread that comes later can be first.
+            hash_places_changed.wait_for(lambda: thread in list(hash_places)[:MAX_RUNNING_HASHES])
+        yield
     except (Argon2Error, MemoryError) as error:
         # argon2-cffi raises an Argon2Error if it gets no memory or no thread.
         logger.error("The service is overloaded: %r", error)
         raise Overloaded from None
     finally:
-        with hash_places_lock:
-            hash_places.remove(network)
+        with hash_places_changed:
+            del hash_places[thread]
+            hash_places_changed.notify_all()
 
 
 # Login limit

@@ -599,7 +599,7 @@ def test_the_right_password_removes_the_failures_of_its_network(client, tokens, 
 
 
 def test_a_login_without_a_place_for_its_hash_is_503(client, email, monkeypatch):
-    monkeypatch.setattr(auth, "hash_places", [ADDRESS] * 8)
+    monkeypatch.setattr(auth, "hash_places", dict.fromkeys(range(8), ADDRESS))
     response = login(client, email)
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
     assert response.json() == {"detail": "The service is overloaded; try again"}
