@@ -89,6 +89,34 @@ def events(caplog):
     return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "auth_jwt"]
 
 
+class AnyDatetime(type):
+    """Makes each datetime an instance of the class, as PyJWT expects of its datetime class."""
+
+    def __instancecheck__(cls, value):
+        return isinstance(value, datetime)
+
+
+class PyJWTClock(metaclass=AnyDatetime):
+    """Replaces the datetime class in PyJWT with the clock of auth.py."""
+
+    @staticmethod
+    def now(tz):
+        return auth.now()
+
+
+@pytest.fixture
+def set_clock(monkeypatch):
+    """A function that stops the clocks of auth.py and PyJWT at an offset from the present."""
+    start = datetime.now(UTC).replace(microsecond=0)
+    monkeypatch.setattr(jwt.api_jwt, "datetime", PyJWTClock)
+
+    def set_clock(**ahead):
+        monkeypatch.setattr(auth, "now", lambda: start + timedelta(**ahead))
+
+    set_clock()
+    return set_clock
+
+
 def register(client, email, password=PASSWORD):
     return client.post("/auth/register", json={"email": email, "password": password})
 
@@ -302,34 +330,6 @@ def test_a_login_with_the_old_password_fails_if_the_password_is_changed_meanwhil
     assert stored_user(tokens)["refresh_tokens"] == []
 
 
-class AnyDatetime(type):
-    """Makes each datetime an instance of the class, as PyJWT expects of its datetime class."""
-
-    def __instancecheck__(cls, value):
-        return isinstance(value, datetime)
-
-
-class PyJWTClock(metaclass=AnyDatetime):
-    """Replaces the datetime class in PyJWT with the clock of auth.py."""
-
-    @staticmethod
-    def now(tz):
-        return auth.now()
-
-
-@pytest.fixture
-def set_clock(monkeypatch):
-    """A function that stops the clocks of auth.py and PyJWT at an offset from the present."""
-    start = datetime.now(UTC).replace(microsecond=0)
-    monkeypatch.setattr(jwt.api_jwt, "datetime", PyJWTClock)
-
-    def set_clock(**ahead):
-        monkeypatch.setattr(auth, "now", lambda: start + timedelta(**ahead))
-
-    set_clock()
-    return set_clock
-
-
 def test_login_above_20_sessions_ends_the_one_refreshed_longest_ago(
     client, tokens, email, set_clock
 ):
@@ -344,79 +344,6 @@ def test_login_above_20_sessions_ends_the_one_refreshed_longest_ago(
     assert me(client, newest["access_token"]).status_code == 200
     assert me(client, last["access_token"]).status_code == 200
     assert len(stored_user(tokens)["refresh_tokens"]) == 20
-
-
-# Me
-
-
-def test_me_returns_the_current_user(client, tokens, email):
-    response = me(client, tokens["access_token"])
-    assert response.status_code == 200
-    assert response.json().keys() == {"id", "email", "created_at"}
-    assert (response.json()["id"], response.json()["email"]) == (tokens["user_id"], email)
-    created_at = datetime.fromisoformat(response.json()["created_at"])
-    assert created_at.utcoffset() == timedelta(0)
-    assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=1)
-
-
-@pytest.mark.parametrize(
-    "header", [{}, {"Authorization": "Bearer"}, {"Authorization": "Basic YTpi"}]
-)
-def test_a_request_without_a_token_gets_a_challenge_without_an_error(client, header):
-    response = client.get("/auth/me", headers=header)
-    assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
-
-
-def test_both_tokens_contain_the_same_claims_with_their_own_type_and_lifetime(client, tokens):
-    access, refresh = claims_of(tokens["access_token"]), claims_of(tokens["refresh_token"])
-    assert access.keys() == refresh.keys() == {"type", "sub", "sid", "generation", "exp"}
-    assert (access["type"], refresh["type"]) == ("access", "refresh")
-    assert access["sub"] == refresh["sub"] == tokens["user_id"]
-    assert access["sid"] == refresh["sid"]
-    assert access["generation"] == refresh["generation"] == 0
-    now = datetime.now(UTC).timestamp()
-    assert 0 <= now + 15 * 60 - access["exp"] < 60
-    assert refresh["exp"] - access["exp"] == 7 * 24 * 60 * 60 - 15 * 60
-
-
-def test_an_access_token_expires_after_15_minutes(client, tokens, set_clock):
-    set_clock(minutes=14, seconds=58)
-    assert me(client, tokens["access_token"]).status_code == 200
-    set_clock(minutes=15)
-    assert is_invalid_token(me(client, tokens["access_token"]))
-
-
-def test_the_tokens_of_a_deleted_user_are_invalid(client, tokens, email):
-    db.users.delete_one({"email": email})
-    assert is_invalid_token(me(client, tokens["access_token"]))
-    assert is_invalid_token(refresh(client, tokens["refresh_token"]))
-    assert logout(client, tokens["refresh_token"]).status_code == 204
-
-
-def test_a_token_of_the_wrong_type_is_invalid(client, tokens):
-    assert is_invalid_token(me(client, tokens["refresh_token"]))
-    assert is_invalid_token(refresh(client, tokens["access_token"]))
-    assert is_invalid_token(logout(client, tokens["access_token"]))
-    assert me(client, tokens["access_token"]).status_code == 200
-
-
-def sign(claims):
-    return jwt.encode(claims, auth.SECRET_KEY, algorithm="HS256")
-
-
-FORGERIES = {
-    "not a token": lambda claims: "x",
-    "signed with another key": lambda claims: jwt.encode(claims, "k" * 32, algorithm="HS256"),
-    "not signed": lambda claims: jwt.encode(claims, None, algorithm="none"),
-    "without a type": lambda claims: sign({key: claims[key] for key in claims if key != "type"}),
-    "of another session": lambda claims: sign(claims | {"sid": "0" * 32}),
-    "too long": lambda claims: sign(claims | {"padding": "x" * 100}),
-}
-
-
-@pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES.keys())
-def test_a_forged_access_token_is_invalid(client, tokens, forge):
-    assert is_invalid_token(me(client, forge(claims_of(tokens["access_token"]))))
 
 
 # Refresh
@@ -514,33 +441,77 @@ def test_logout_accepts_an_older_token_and_a_session_that_has_ended(client, toke
     assert is_invalid_token(me(client, newest["access_token"]))
 
 
-# Request bodies
+# Current user
 
-BAD_BODIES = {
-    "empty": "",
-    "not JSON": '{"password": "hunter2',
-    "a list": '["hunter2"]',
-    "a string": '"hunter2"',
-    "no fields": "{}",
-    "a list as password": '{"email": "alice@example.com", "password": ["hunter2"]}',
-    "operators": '{"email": {"$ne": "hunter2"}, "password": {"$ne": "hunter2"}}',
+
+def test_me_returns_the_current_user(client, tokens, email):
+    response = me(client, tokens["access_token"])
+    assert response.status_code == 200
+    assert response.json().keys() == {"id", "email", "created_at"}
+    assert (response.json()["id"], response.json()["email"]) == (tokens["user_id"], email)
+    created_at = datetime.fromisoformat(response.json()["created_at"])
+    assert created_at.utcoffset() == timedelta(0)
+    assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(
+    "header", [{}, {"Authorization": "Bearer"}, {"Authorization": "Basic YTpi"}]
+)
+def test_a_request_without_a_token_gets_a_challenge_without_an_error(client, header):
+    response = client.get("/auth/me", headers=header)
+    assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+
+
+def test_both_tokens_contain_the_same_claims_with_their_own_type_and_lifetime(client, tokens):
+    access, refresh = claims_of(tokens["access_token"]), claims_of(tokens["refresh_token"])
+    assert access.keys() == refresh.keys() == {"type", "sub", "sid", "generation", "exp"}
+    assert (access["type"], refresh["type"]) == ("access", "refresh")
+    assert access["sub"] == refresh["sub"] == tokens["user_id"]
+    assert access["sid"] == refresh["sid"]
+    assert access["generation"] == refresh["generation"] == 0
+    now = datetime.now(UTC).timestamp()
+    assert 0 <= now + 15 * 60 - access["exp"] < 60
+    assert refresh["exp"] - access["exp"] == 7 * 24 * 60 * 60 - 15 * 60
+
+
+def test_an_access_token_expires_after_15_minutes(client, tokens, set_clock):
+    set_clock(minutes=14, seconds=58)
+    assert me(client, tokens["access_token"]).status_code == 200
+    set_clock(minutes=15)
+    assert is_invalid_token(me(client, tokens["access_token"]))
+
+
+def test_the_tokens_of_a_deleted_user_are_invalid(client, tokens, email):
+    db.users.delete_one({"email": email})
+    assert is_invalid_token(me(client, tokens["access_token"]))
+    assert is_invalid_token(refresh(client, tokens["refresh_token"]))
+    assert logout(client, tokens["refresh_token"]).status_code == 204
+
+
+def test_a_token_of_the_wrong_type_is_invalid(client, tokens):
+    assert is_invalid_token(me(client, tokens["refresh_token"]))
+    assert is_invalid_token(refresh(client, tokens["access_token"]))
+    assert is_invalid_token(logout(client, tokens["access_token"]))
+    assert me(client, tokens["access_token"]).status_code == 200
+
+
+def sign(claims):
+    return jwt.encode(claims, auth.SECRET_KEY, algorithm="HS256")
+
+
+FORGERIES = {
+    "not a token": lambda claims: "x",
+    "signed with another key": lambda claims: jwt.encode(claims, "k" * 32, algorithm="HS256"),
+    "not signed": lambda claims: jwt.encode(claims, None, algorithm="none"),
+    "without a type": lambda claims: sign({key: claims[key] for key in claims if key != "type"}),
+    "of another session": lambda claims: sign(claims | {"sid": "0" * 32}),
+    "too long": lambda claims: sign(claims | {"padding": "x" * 100}),
 }
 
 
-@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES.keys())
-@pytest.mark.parametrize("route", ["register", "login", "refresh", "logout"])
-def test_the_response_to_a_malformed_body_does_not_quote_it(client, route, body):
-    headers = {"Content-Type": "application/json"}
-    response = client.post(f"/auth/{route}", content=body, headers=headers)
-    assert response.status_code == 422
-    assert "hunter2" not in response.text
-    for error in response.json()["detail"]:
-        assert error.keys() == {"loc", "msg", "type"}
-
-
-def test_a_body_over_4_kib_is_rejected(client, email):
-    response = register(client, email, "x" * 4 * 1024)
-    assert response.status_code == 413
+@pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES.keys())
+def test_a_forged_access_token_is_invalid(client, tokens, forge):
+    assert is_invalid_token(me(client, forge(claims_of(tokens["access_token"]))))
 
 
 # Login limit
@@ -642,6 +613,35 @@ def test_each_security_event_is_logged_with_the_level_of_the_owasp_vocabulary(
     ]
     for secret in (PASSWORD, email, *tokens.values(), *newest.json().values()):
         assert secret == user_id or secret not in str(events())
+
+
+# Request bodies
+
+BAD_BODIES = {
+    "empty": "",
+    "not JSON": '{"password": "hunter2',
+    "a list": '["hunter2"]',
+    "a string": '"hunter2"',
+    "no fields": "{}",
+    "a list as password": '{"email": "alice@example.com", "password": ["hunter2"]}',
+    "operators": '{"email": {"$ne": "hunter2"}, "password": {"$ne": "hunter2"}}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES.keys())
+@pytest.mark.parametrize("route", ["register", "login", "refresh", "logout"])
+def test_the_response_to_a_malformed_body_does_not_quote_it(client, route, body):
+    headers = {"Content-Type": "application/json"}
+    response = client.post(f"/auth/{route}", content=body, headers=headers)
+    assert response.status_code == 422
+    assert "hunter2" not in response.text
+    for error in response.json()["detail"]:
+        assert error.keys() == {"loc", "msg", "type"}
+
+
+def test_a_body_over_4_kib_is_rejected(client, email):
+    response = register(client, email, "x" * 4 * 1024)
+    assert response.status_code == 413
 
 
 # Documentation
