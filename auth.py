@@ -88,7 +88,7 @@ def register(email: str, password: str, network: str) -> Tokens:
 
 
 def log_in(email: str, password: str, network: str) -> Tokens:
-    """Start a session. The error response does not reveal whether the email is registered."""
+    """Start a session. A 401 does not reveal whether the email is registered."""
     user = db.find_user_by_email(email) or UNKNOWN_USER
     user_id, verified_hash = str(user["_id"]), user["password_hash"]
     check_login_limit(user, network)

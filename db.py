@@ -69,7 +69,7 @@ def read_env_file(path: Path) -> dict[str, str | None]:
 
 
 ENV_FILE = find_env_file()
-env_file_settings = read_env_file(ENV_FILE) if ENV_FILE else {}
+ENV_SETTINGS = read_env_file(ENV_FILE) if ENV_FILE else {}
 
 
 def read_setting(name: str, default: str = "") -> str:
@@ -77,7 +77,7 @@ def read_setting(name: str, default: str = "") -> str:
 
     White space around it is removed, because a secret in a file often ends with a newline.
     """
-    value = os.environ.get(name, env_file_settings.get(name))
+    value = os.environ.get(name, ENV_SETTINGS.get(name))
     return (value or "").strip() or default
 
 
