@@ -3,19 +3,21 @@
 A login starts a session, which is stored with its user. A session has an id (sid) and a
 generation, which counts its refreshes. Its two tokens are JWTs (RFC 7519) that contain the user's
 id, the sid and the generation. The access token authenticates requests for 15 minutes. The refresh
-token is exchanged for two new tokens within 7 days.
+token can be exchanged for two new tokens within 7 days. This refresh depends on its generation:
 
-A refresh compares the generation of the refresh token with that of the session:
-
-- The same generation: the session moves to the next generation, in one atomic update, and the
+- The current generation: the session advances to the next generation in one atomic update, and the
   response contains the tokens of that generation.
-- The generation before, if it was replaced less than a minute ago: the response to that refresh
-  was probably lost, so this one contains the tokens of the current generation again.
-- Any other generation, or an expired token: the token may be stolen, so the session ends (RFC 9700
-  section 4.14.2).
+- The previous generation, replaced less than a minute ago: the response to the first refresh was
+  probably lost, so this one contains the tokens of the current generation again.
+- Any other generation: the token was used twice, so it may be stolen, and the session ends
+  (RFC 9700 section 4.14.2).
 
-Each request with an access token looks up its session, but does not compare the generation. So a
-logout is effective at once, and a refresh does not invalidate older access tokens.
+An expired refresh token ends its session as well. Each request with an access token looks up its
+session, but does not compare the generation. So a logout is effective immediately, and a refresh
+does not invalidate older access tokens.
+
+The network of a client is its IPv4 address or IPv6 /56 network. It limits failed logins, and the
+number of passwords that are hashed for one client at a time.
 """
 
 import ipaddress
@@ -32,6 +34,7 @@ from typing import Annotated, Literal
 import jwt
 from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, VerifyMismatchError
+from argon2.profiles import RFC_9106_LOW_MEMORY
 from fastapi import Depends, HTTPException
 from fastapi.requests import HTTPConnection
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -45,7 +48,7 @@ logger = logging.getLogger("auth_jwt")
 
 
 class Tokens(BaseModel):
-    """An access token and a refresh token."""
+    """The tokens of a session, and the id of its user."""
 
     user_id: str
     access_token: str
@@ -53,7 +56,7 @@ class Tokens(BaseModel):
 
 
 class Claims(BaseModel, strict=True):
-    """The contents of a token. sub is the user's id, exp is a Unix time in seconds."""
+    """The claims of a token. sub is the user's id, exp is a Unix time in seconds."""
 
     type: Literal["access", "refresh"]
     sub: str = Field(pattern="^[0-9a-f]{24}$")
@@ -63,7 +66,7 @@ class Claims(BaseModel, strict=True):
 
 
 class User(BaseModel):
-    """A user without their secrets. created_at is in UTC."""
+    """The public fields of a user. created_at is in UTC."""
 
     id: str
     email: str
@@ -88,18 +91,19 @@ def register(email: str, password: str, network: str) -> Tokens:
 
 
 def log_in(email: str, password: str, network: str) -> Tokens:
-    """Start a session. A 401 does not reveal whether the email is registered."""
+    """Start a session. A 401 does not reveal whether the email is registered, a 429 does."""
     user = db.find_user_by_email(email) or UNKNOWN_USER
     user_id, verified_hash = str(user["_id"]), user["password_hash"]
     check_login_limit(user, network)
     is_correct = verify_password(verified_hash, password, network)
-    # Other guesses may have reached the limit while this one waited for its hash.
+    # Check again, because parallel guesses all pass the first check. Beyond the limit, a correct
+    # one must not succeed either.
     check_login_limit(db.find_user_by_email(email) or UNKNOWN_USER, network)
     if not is_correct:
         db.record_failed_login(email, network, now())
         logger.warning("authn_login_fail user=%s network=%s", user_id, network)
         raise HTTPException(401, "Wrong email or password", {"WWW-Authenticate": "Bearer"})
-    # A hash with other parameters than today's is replaced.
+    # The parameters of the hasher may have changed since the password was hashed.
     needs_rehash = hasher.check_needs_rehash(verified_hash)
     new_hash = hash_password(password, network) if needs_rehash else verified_hash
     session = new_session()
@@ -107,7 +111,7 @@ def log_in(email: str, password: str, network: str) -> Tokens:
         user_id, verified_hash=verified_hash, new_hash=new_hash, session=session, network=network
     )
     if not is_added:
-        # The user was deleted or has another password hash by now.
+        # The user was deleted, or another request has replaced the hash. Start over.
         return log_in(email, password, network)
     logger.info(
         "authn_login_success user=%s session=%s network=%s", user_id, session["sid"], network
@@ -131,20 +135,20 @@ def refresh(refresh_token: str, network: str) -> Tokens:
                 claims.sid,
                 network,
             )
-            # With another generation, the tokens of the lost response would look stolen if the
-            # client received it after all.
+            # Not the next generation: if the first response arrives after all, its tokens must
+            # remain valid.
             return create_tokens(claims.sub, session)
     end_session(claims, network)
     raise InvalidToken
 
 
 def log_out(refresh_token: str, network: str) -> None:
-    """End the session of a refresh token, which may be replaced or expired."""
+    """End the session of a refresh token, even if the token is replaced or expired."""
     claims = read_token(refresh_token, "refresh", allow_expired=True)
     end_session(claims, network)
 
 
-# A name of its own keeps it apart from other HTTPBearer schemes in the OpenAPI document of a host.
+# In an app that includes the router, a scheme with the default name could merge with another one.
 bearer = HTTPBearer(scheme_name="AccessToken", description="Paste an access_token.")
 
 
@@ -169,14 +173,18 @@ def new_session() -> db.Session:
 
 
 def was_just_replaced(claims: Claims, session: db.Session) -> bool:
-    """Return whether the token is one generation old and was replaced less than a minute ago."""
+    """Return whether the token is of the previous generation and was replaced within a minute."""
     is_previous = claims.generation == session["generation"] - 1
-    # The difference is negative if a clock was set back.
+    # The difference is negative if the clocks of two servers differ.
     return is_previous and abs(now() - session["issued_at"]) < timedelta(minutes=1)
 
 
 def end_session(claims: Claims, network: str) -> None:
-    """Delete the session of a refresh token if it exists, and log whether the token was reused."""
+    """Delete the session of a refresh token if it exists, and log it.
+
+    A client has no reason to send a token that was replaced more than a minute ago. Such a token is
+    logged as reuse.
+    """
     session = db.delete_session(claims.sub, claims.sid)
     if session is None:
         return
@@ -203,9 +211,9 @@ def read_key() -> bytes:
 
 
 def read_lifetime(name: str, default: str) -> int:
-    """Return the setting as a positive whole number."""
+    """Return the setting as a positive whole number, in the unit of its name."""
     value = db.read_setting(name, default)
-    # The limit keeps dates within the years 1 to 9999, the limits of datetime.
+    # Far larger numbers would overflow datetime.
     if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 99_999):
         db.abort_startup(f"{name} must be a whole number from 1 to 99999.")
     return int(value)
@@ -217,7 +225,7 @@ REFRESH_TOKEN_LIFETIME = timedelta(days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS
 
 
 class InvalidToken(HTTPException):
-    """The error response to an invalid token (RFC 6750 section 3.1)."""
+    """Becomes the 401 for an invalid token (RFC 6750 section 3.1)."""
 
     def __init__(self) -> None:
         challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
@@ -251,8 +259,8 @@ MAX_TOKEN_LENGTH = 300
 
 def read_token(token: str, token_type: str, allow_expired: bool = False) -> Claims:
     """Return the claims of a valid token of this type (RFC 8725). Raises InvalidToken."""
-    # PyJWT parses the header before it checks the signature. The parser is recursive, so a long
-    # header could overflow the stack of a thread, which is small on Alpine, and end the process.
+    # PyJWT parses the header before it checks the signature. A long, deeply nested one can overflow
+    # the stack of a thread and end the process, for example with musl on Alpine Linux.
     if len(token) > MAX_TOKEN_LENGTH:
         raise InvalidToken
     try:
@@ -260,8 +268,8 @@ def read_token(token: str, token_type: str, allow_expired: bool = False) -> Clai
             token, SECRET_KEY, algorithms=["HS256"], options={"verify_exp": not allow_expired}
         )
         claims = Claims.model_validate(payload)
-    # Pydantic's ValidationError is a ValueError.
     except (jwt.InvalidTokenError, ValueError):
+        # Pydantic's ValidationError is a ValueError, as is the error for a token that is not UTF-8.
         raise InvalidToken from None
     if claims.type != token_type:
         raise InvalidToken
@@ -271,7 +279,7 @@ def read_token(token: str, token_type: str, allow_expired: bool = False) -> Clai
 # Passwords
 
 # The Unicode categories of punctuation, symbols and separators. A space is a separator.
-SYMBOL_CATEGORIES = "PSZ"
+SYMBOL_CATEGORIES = {"P", "S", "Z"}
 
 
 def check_password_strength(password: str) -> str:
@@ -290,11 +298,11 @@ def check_password_strength(password: str) -> str:
     return password
 
 
-# Argon2id with 64 MiB and 3 passes, the second recommended option of RFC 9106.
-hasher = PasswordHasher()
+# Argon2id with 64 MiB, 3 passes and 4 lanes, the second recommended option of RFC 9106.
+hasher = PasswordHasher.from_parameters(RFC_9106_LOW_MEMORY)
 
-# A login with an unknown email verifies this hash, so that its response takes as long as that to a
-# wrong password.
+# The hash is verified if an email is unknown, so that the response takes as long as for a wrong
+# password.
 UNKNOWN_USER: db.Document = {
     "_id": "unknown",
     "password_hash": hasher.hash(secrets.token_urlsafe()),
@@ -302,10 +310,7 @@ UNKNOWN_USER: db.Document = {
 
 
 def hash_password(password: str, network: str) -> str:
-    """Return the Argon2id hash of the password. Raises Overloaded.
-
-    The network is that of the client, because each network has a share of the places for hashes.
-    """
+    """Return the Argon2id hash of the password. Raises Overloaded."""
     with hold_hash_place(network):
         return hasher.hash(password)
 
@@ -320,28 +325,28 @@ def verify_password(password_hash: str, password: str, network: str) -> bool:
 
 
 class Overloaded(HTTPException):
-    """The error response if the client's network has no place for a hash, or memory is short."""
+    """Becomes the 503 if the network has no place for another hash, or if memory is low."""
 
     def __init__(self) -> None:
         super().__init__(503, "The service is overloaded; try again", {"Retry-After": "1"})
 
 
 MAX_HASH_PLACES = 16
-# A hash takes 64 MiB and about 0.1 s. Two at a time limit the memory, and leave processor time for
-# requests that need no hash.
+# A hash takes 64 MiB and about 0.1 s. Running two at a time limits the memory, and leaves processor
+# time for requests that need no hash.
 MAX_RUNNING_HASHES = 2
 
-# The network of each thread that hashes or waits, in the order of arrival.
+# The id and the network of each thread that hashes or waits, in the order of arrival.
 hash_places: dict[int, str] = {}
 hash_places_changed = Condition()
 
 
 @contextmanager
 def hold_hash_place(network: str) -> Iterator[None]:
-    """Hold one of the places for hashes of this process, and wait until the hash may run.
+    """Hold one of this process's places for hashes, and wait until the hash may run.
 
-    A network gets a place only while it holds fewer places than are free: the first network gets 8
-    of the 16, the next ones 4, 2, 1 and 1. So no network can take all places and lock out all
+    A network gets another place only while it holds fewer places than are free. So the first one
+    gets 8 of the 16, the next ones 4, 2, 1 and 1, and a flood from one network leaves places for
     others. Raises Overloaded.
     """
     thread = get_ident()
@@ -353,11 +358,11 @@ def hold_hash_place(network: str) -> Iterator[None]:
         hash_places[thread] = network
     try:
         with hash_places_changed:
-            # First come, first served. With a semaphore, a thread that comes later can be first.
+            # A semaphore would not guarantee the order of arrival.
             hash_places_changed.wait_for(lambda: thread in list(hash_places)[:MAX_RUNNING_HASHES])
         yield
     except (Argon2Error, MemoryError) as error:
-        # argon2-cffi raises an Argon2Error if it gets no memory or no thread.
+        # Argon2 got no memory or no thread, or the stored hash is damaged.
         logger.error("The service is overloaded: %r", error)
         raise Overloaded from None
     finally:
@@ -373,14 +378,13 @@ MAX_FAILURES_PER_NETWORK = 20
 
 
 def check_login_limit(user: db.Document, network: str) -> None:
-    """Raise a 429 if the user has had too many failed logins within an hour.
+    """Raise a 429 after 20 failed logins within an hour from this network, or 100 from all.
 
-    The limit is 20 from one network, and 100 from all networks (NIST SP 800-63B-4 section 3.2.2).
-    A network with a live session of the user is exempt from the second one. So a stranger in
-    another network cannot lock the user out. Strangers in five networks can, except where the user
-    has a live session.
+    The second limit (NIST SP 800-63B-4 section 3.2.2) does not apply to networks in which the user
+    has a live session. So one network cannot lock the user out of another one. Five networks can,
+    but not out of a network with a live session.
     """
-    # A failure far in the future is the mistake of a clock, and must not lock the user out.
+    # A failure far in the future is due to a wrong clock, and must not lock the user out.
     recent_failures = [
         failure
         for failure in user.get("login_failures", [])
@@ -390,8 +394,9 @@ def check_login_limit(user: db.Document, network: str) -> None:
     wait = get_wait(own_failures, MAX_FAILURES_PER_NETWORK)
     wait_for_all = get_wait(recent_failures, db.MAX_LOGIN_FAILURES)
     if wait_for_all > wait:
-        start_of_live_sessions = now() - REFRESH_TOKEN_LIFETIME
-        if not db.has_session_since(str(user["_id"]), network, start_of_live_sessions):
+        # A session is live for as long as its refresh token.
+        oldest_live_session = now() - REFRESH_TOKEN_LIFETIME
+        if not db.has_session_since(str(user["_id"]), network, oldest_live_session):
             wait = wait_for_all
     if wait > timedelta(0):
         logger.warning("authn_login_lock user=%s network=%s", user["_id"], network)
@@ -401,7 +406,7 @@ def check_login_limit(user: db.Document, network: str) -> None:
 
 
 def get_wait(recent_failures: list[db.Document], limit: int) -> timedelta:
-    """Return the time until fewer failures than the limit are younger than LIMIT_PERIOD."""
+    """Return the time until fewer than `limit` of the failures are within LIMIT_PERIOD."""
     if len(recent_failures) < limit:
         return timedelta(0)
     times: list[datetime] = sorted(failure["failed_at"] for failure in recent_failures)
@@ -414,7 +419,8 @@ def get_wait(recent_failures: list[db.Document], limit: int) -> timedelta:
 async def get_client_network(connection: HTTPConnection) -> str:
     """Return the client's IPv4 address or IPv6 /56 network, or "unknown".
 
-    It is async because FastAPI would run a plain function in another thread.
+    Behind a proxy, this is the client's only if uvicorn trusts the proxy's X-Forwarded-For. The
+    function is async because FastAPI would run a plain one in another thread.
     """
     try:
         address = ipaddress.ip_address(connection.client.host if connection.client else "")

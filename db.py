@@ -1,13 +1,14 @@
 """Settings, and the collection `users`.
 
-A user is one document, so each change of a user or a session is one atomic update:
+A user is one document, so each change to a user or a session is one atomic update:
 
     {_id, email, password_hash, created_at,
      refresh_tokens: [{sid, generation, issued_at, network}],  # the sessions
      login_failures: [{network, failed_at}]}
 
 The sessions are in a field named `refresh_tokens` because existing databases use that name. Times
-are in UTC. Other programs may keep documents of their own in the collection.
+are in UTC. Other programs may write to the collection, too. A document of theirs that does not have
+this form cannot log in.
 """
 
 import logging
@@ -45,7 +46,8 @@ Document = dict[str, Any]
 def abort_startup(reason: str) -> NoReturn:
     """Print the reason and exit with status 3, which also ends `uvicorn --workers`."""
     print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
-    # A traceback must not contain an earlier error, whose message could quote a secret.
+    # A server may print a traceback of this. It must not contain an earlier error, whose message
+    # could quote a secret.
     raise SystemExit(3) from None
 
 
@@ -53,14 +55,14 @@ def find_env_file() -> Path | None:
     """Return the path of the nearest .env, in the folder of this file or above."""
     for folder in Path(__file__).absolute().parents:
         path = folder / ".env"
-        # Some virtual environments are folders named .env.
+        # A virtual environment can be a folder named .env. A broken link is not skipped.
         if os.path.lexists(path) and not path.is_dir():
             return path
     return None
 
 
 def read_env_file(path: Path) -> dict[str, str | None]:
-    """Return the settings in the file. It is read once, because it can be a named pipe."""
+    """Return the settings in the file, which is read only once because it can be a named pipe."""
     text = path.read_text(encoding="utf-8-sig")
     # dotenv_values() would skip a malformed line.
     if any(binding.error for binding in parse_stream(StringIO(text))):
@@ -92,16 +94,16 @@ TIMEOUT_MS = 2500
 
 
 def get_collection() -> Collection[Document]:
-    """Return MongoDB's collection `users`, or one in memory if MONGO_URI is not set.
+    """Return the MongoDB collection `users`, or one in memory if MONGO_URI is not set.
 
-    It connects at the first query, so that the service can start before MongoDB.
+    PyMongo connects at the first query, so the service can start before MongoDB.
     """
     if not MONGO_URI:
         return mongomock.MongoClient(tz_aware=True)["memory"]["users"]
     try:
         with catch_warnings(action="default"):
-            # PyMongo only warns about an option that it ignores, and a misspelled TLS option would
-            # disable TLS. Its other warnings are harmless.
+            # PyMongo only warns about an option that it ignores. A misspelled TLS option would
+            # disable TLS, so these warnings are errors. Its other warnings are harmless.
             filterwarnings("error", "Unknown option|The value of|authMechanism must")
             client = MongoClient[Document](
                 MONGO_URI,
@@ -113,8 +115,8 @@ def get_collection() -> Collection[Document]:
                 # A burst of requests needs many connections at once. The default is 2.
                 maxConnecting=16,
             )
-        # These settings take precedence over the options in MONGO_URI. A session that was
-        # reported as stored or deleted must stay so when a server fails.
+        # These settings take precedence over the options in MONGO_URI. A change that was reported
+        # to the client must survive a failover.
         return client[MONGO_DB_NAME].get_collection(
             "users",
             write_concern=WriteConcern("majority", j=True),
@@ -135,7 +137,7 @@ users = get_collection()
 
 
 class DatabaseUnavailable(HTTPException):
-    """The error response while MongoDB is unavailable. A retry can succeed."""
+    """Becomes the 503 while MongoDB is unavailable. A retry can succeed."""
 
     def __init__(self) -> None:
         super().__init__(503, "The database is unavailable; try again", {"Retry-After": "2"})
@@ -147,7 +149,7 @@ RETRY_INTERVAL = 1.0  # seconds
 last_response = float("-inf")
 next_attempt: float | None = None
 
-# The operations of mongomock are not atomic.
+# mongomock is not thread-safe.
 memory_lock = nullcontext() if MONGO_URI else RLock()
 
 
@@ -166,14 +168,16 @@ def circuit_breaker() -> Iterator[None]:
         if monotonic() < scheduled_attempt:
             raise DatabaseUnavailable
         next_attempt = monotonic() + RETRY_INTERVAL
+
     failure = None
     try:
         with memory_lock:
             yield
     except (PyMongoError, InvalidBSON) as error:
         failure = error
+
     if failure and is_outage(failure):
-        # While other queries get responses, this may be just a lost connection.
+        # While other queries get responses, this may just be a lost connection.
         is_responding = monotonic() - last_response <= RETRY_INTERVAL
         if next_attempt is None and not is_responding:
             next_attempt = monotonic() + RETRY_INTERVAL
@@ -182,6 +186,8 @@ def circuit_breaker() -> Iterator[None]:
                 get_error_name(failure),
             )
         raise DatabaseUnavailable from None
+
+    # MongoDB has responded, possibly with an error.
     last_response = monotonic()
     if next_attempt is not None:
         next_attempt = None
@@ -192,7 +198,7 @@ def circuit_breaker() -> Iterator[None]:
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether a retry can succeed, because no server gave a usable response."""
+    """Return whether a retry may succeed, because no server gave a usable response."""
     if isinstance(error, OperationFailure):
         # For example a query that timed out, or a server that is shutting down.
         return error.timeout or error.has_error_label("RetryableWriteError")
@@ -213,30 +219,31 @@ def get_error_name(error: Exception) -> str:
 
 # Unique index
 
-# MongoDB's codes for an index that has the same keys and another name, or the other way round.
+# MongoDB's codes for an index with the same keys and another name, and one with the same name and
+# other options: IndexOptionsConflict and IndexKeySpecsConflict.
 INDEX_CONFLICTS = (85, 86)
 
 
 def ensure_unique_index() -> None:
-    """Create a unique index on `email` unless there is one. Waits for one that is being created."""
+    """Create a unique index on `email`, or wait if another client is creating it."""
     try:
         users.create_index("email", unique=True)
     except OperationFailure as error:
-        is_conflict = error.code in INDEX_CONFLICTS
-        if not (is_conflict and any(map(is_unique_on_email, users.index_information().values()))):
+        indexes = users.index_information() if error.code in INDEX_CONFLICTS else {}
+        if not any(map(is_unique_on_email, indexes.values())):
             raise
 
 
 def is_unique_on_email(index: Mapping[str, Any]) -> bool:
     """Return whether an index, as index_information() describes it, makes all emails unique."""
-    # A collation is a way to compare text. One that ignores case would change which emails differ.
+    # An index with a collation, which is a way to compare text, can treat Ä and A as equal.
     has_filter_or_collation = "partialFilterExpression" in index or "collation" in index
     is_on_email = index["key"] == [("email", 1)]
     return bool(index.get("unique")) and is_on_email and not has_filter_or_collation
 
 
 def prepare_collection() -> None:
-    """Create the index, or leave that to create_user if MongoDB is unavailable."""
+    """Create the index. If MongoDB is unavailable, create_user creates it later."""
     try:
         with circuit_breaker():
             ensure_unique_index()
@@ -277,19 +284,20 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
     except DuplicateKeyError:
         if users.find_one({"email": email}, {"_id": 1}) is not None:
             return None
-        # The other user has just been deleted. If it is another unique index, this fails again.
+        # Retry once: the other user was deleted meanwhile. A violation of another unique index
+        # raises an error again.
         users.insert_one(user)
     return str(user["_id"])
 
 
 def login_query(email: str) -> Document:
     """Return a query for the user with this email, which ignores documents of other programs."""
-    # In MongoDB, a condition on a field also holds if the field is an array with such an element.
-    is_no_array = {"$not": {"$type": "array"}}
+    # In MongoDB, a condition on a field also matches an array with such an element.
+    not_array = {"$not": {"$type": "array"}}
     return {
         "_id": {"$type": "objectId"},
-        "email": {"$eq": email, **is_no_array},
-        "password_hash": {"$regex": r"^\$argon2id\$", **is_no_array},
+        "email": {"$eq": email, **not_array},
+        "password_hash": {"$regex": r"^\$argon2id\$", **not_array},
     }
 
 
@@ -318,15 +326,15 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     failure = {"network": network, "failed_at": failed_at}
     # $slice needs $each. A negative number keeps the last elements.
     push = {"$each": [failure], "$slice": -MAX_LOGIN_FAILURES}
-    # The update of an unknown email writes nothing. A write that waited for other servers or the
-    # journal would take longer, which would reveal that the email is registered.
-    fast_users = users.with_options(write_concern=WriteConcern(1))
-    fast_users.update_one(login_query(email), {"$push": {"login_failures": push}})
+    # For an unknown email, nothing is written. To wait for a majority only for a registered email
+    # would reveal that it is registered.
+    users_w1 = users.with_options(write_concern=WriteConcern(1))
+    users_w1.update_one(login_query(email), {"$push": {"login_failures": push}})
 
 
 @circuit_breaker()
 def has_session_since(user_id: str, network: str, since: datetime) -> bool:
-    """Return whether a session of the network has been refreshed or started since then."""
+    """Return whether a session of the network has newer tokens. Its network is that of the login."""
     session = {"network": network, "issued_at": {"$gt": since}}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": session}}
     return users.find_one(query, {"_id": 1}) is not None
@@ -339,7 +347,7 @@ def add_session(
     """Add a session, set the password hash and drop the failed logins of the network.
 
     Return whether the user still exists with the verified hash. The query contains it, so that a
-    password that was changed in the meantime gets no session.
+    login with a password that was changed in the meantime does not succeed.
     """
     query = {"_id": ObjectId(user_id), "password_hash": verified_hash}
     newest_sessions = {
@@ -357,10 +365,10 @@ def add_session(
 
 @circuit_breaker()
 def advance_session(user_id: str, next_session: Session) -> bool:
-    """Replace the previous generation of the session. Return whether that one was stored.
+    """Advance the session to the next generation. Return whether it was in the previous one.
 
-    The query compares and the update sets in one step, so that only one of two simultaneous
-    refreshes succeeds.
+    The query compares and the update sets in one step, so only one of two simultaneous refreshes
+    advances the session.
     """
     previous = {"sid": next_session["sid"], "generation": next_session["generation"] - 1}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": previous}}
@@ -373,7 +381,7 @@ def advance_session(user_id: str, next_session: Session) -> bool:
 def find_session(user_id: str, sid: str) -> Session | None:
     """Return the session, or None if it does not exist."""
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
-    # Of all sessions, return only this one.
+    # Return only this one of all sessions.
     projection = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
     user = users.find_one(query, projection)
     return user["refresh_tokens"][0] if user else None
@@ -383,8 +391,8 @@ def find_session(user_id: str, sid: str) -> Session | None:
 def delete_session(user_id: str, sid: str) -> Session | None:
     """Delete the session. Return it as it was, or None if it does not exist.
 
-    Even if it does not exist, MongoDB responds only when a majority of the servers has the earlier
-    deletion. Otherwise, the session could return when a server fails.
+    The update waits for a majority of the servers even if nothing matches. So a repeated logout is
+    acknowledged only when the first one survives a failover.
     """
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
     projection = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
