@@ -57,7 +57,11 @@ class Credentials(BaseModel):
 
 
 class NewCredentials(Credentials):
-    """An email, and a password that passes auth.check_password_strength."""
+    """An email and a new password.
+
+    The password has 8 to 128 characters, including a lower-case letter, an upper-case letter, a
+    digit and a symbol.
+    """
 
     password: StrongPassword
 

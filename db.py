@@ -334,7 +334,7 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
 
 @circuit_breaker()
 def has_session_since(user_id: str, network: str, since: datetime) -> bool:
-    """Return whether a session of the network has newer tokens. Its network is that of the login."""
+    """Return whether a session that was started in the network has newer tokens than that."""
     session = {"network": network, "issued_at": {"$gt": since}}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": session}}
     return users.find_one(query, {"_id": 1}) is not None
