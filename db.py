@@ -229,9 +229,15 @@ def ensure_unique_index() -> None:
     try:
         users.create_index("email", unique=True)
     except OperationFailure as error:
-        indexes = users.index_information() if error.code in INDEX_CONFLICTS else {}
-        if not any(map(is_unique_on_email, indexes.values())):
+        if error.code not in INDEX_CONFLICTS:
             raise
+        for name, index in users.index_information().items():
+            if is_unique_on_email(index):
+                # It can be listed before it is complete. This waits until it is.
+                is_sparse = index.get("sparse", False)
+                users.create_index("email", name=name, unique=True, sparse=is_sparse)
+                return
+        raise
 
 
 def is_unique_on_email(index: Mapping[str, Any]) -> bool:

@@ -1,14 +1,9 @@
 """Fixtures and helpers that the tests at the margins use in addition to those of test_app.py."""
 
 import sys
-import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from threading import Barrier, Event, Lock
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+from threading import Event, Lock
 
 # These settings come from test_app.py, so it is imported before the modules.
 import test_app  # isort: skip
@@ -22,6 +17,9 @@ import db
 cheap_hasher, default_hasher = test_app.cheap_hasher, test_app.default_hasher
 client, email, tokens = test_app.client, test_app.email, test_app.tokens
 set_clock, events = test_app.set_clock, test_app.events
+browser, host = test_app.browser, test_app.host
+
+BEFORE_FIRST_QUERY = {name: getattr(db, name) for name in ("next_attempt", "last_response")}
 
 only_mongodb = pytest.mark.skipif(
     not test_app.TEST_MONGO_URI, reason="mongomock differs from MongoDB here"
@@ -34,16 +32,21 @@ def other_user(client):
     return test_app.register(client, "other@example.com").json()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def database(client):
+    """Drop the database at the end, although some tests do not use the fixture client."""
+
+
 @pytest.fixture(autouse=True)
 def no_rejection_delay(monkeypatch):
     monkeypatch.setattr(app, "REJECTION_DELAY", 0)
 
 
 @pytest.fixture(autouse=True)
-def closed_breaker(monkeypatch):
-    """Start and end each test with a closed circuit breaker."""
-    monkeypatch.setattr(db, "next_attempt", 0.0)
-    monkeypatch.setattr(db, "last_response", 0.0)
+def no_outage(monkeypatch):
+    """Start and end each test as before the first query."""
+    for name, value in BEFORE_FIRST_QUERY.items():
+        monkeypatch.setattr(db, name, value)
 
 
 @pytest.fixture
@@ -75,7 +78,8 @@ class FailingCollection:
             raise self.error
         return self.error()
 
-    find_one = insert_one = update_one = create_index = index_information = operate
+    find_one = find_one_and_update = insert_one = update_one = operate
+    create_index = index_information = operate
 
     def with_options(self, **options):
         return self
@@ -114,24 +118,6 @@ def blocked_hasher(monkeypatch):
     hasher.unblock.set()
 
 
-def wait_until(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.005)
-
-
 def in_parallel(call, times):
     with ThreadPoolExecutor(times) as pool:
         return list(pool.map(lambda _: call(), range(times)))
-
-
-def run_in_pairs(monkeypatch, name):
-    """Make each call of a query wait for a second one, so that both run at the same time."""
-    barrier, query = Barrier(2), getattr(db, name)
-
-    def wait_and_run(*args):
-        barrier.wait(10)
-        return query(*args)
-
-    monkeypatch.setattr(db, name, wait_and_run)
