@@ -3,21 +3,22 @@
 A login starts a session, which is stored with its user. A session has an id (sid) and a
 generation, which counts its refreshes. Its two tokens are JWTs (RFC 7519) that contain the user's
 id, the sid and the generation. The access token authenticates requests for 15 minutes. The refresh
-token can be exchanged for two new tokens within 7 days. This refresh depends on its generation:
+token can be exchanged for two new tokens within 7 days. The result of such a refresh depends on the
+generation in the token:
 
 - The current generation: the session advances to the next generation in one atomic update, and the
   response contains the tokens of that generation.
-- The previous generation, replaced less than a minute ago: the response to the first refresh was
+- The previous generation, within a grace period of a minute: the response to the first refresh was
   probably lost, so this one contains the tokens of the current generation again.
-- Any other generation: the token was used twice, so it may be stolen, and the session ends
-  (RFC 9700 section 4.14.2).
+- Otherwise, a replaced token was used again. It may be stolen, so the session ends (RFC 9700
+  section 4.14.2).
 
 An expired refresh token ends its session as well. Each request with an access token looks up its
 session, but does not compare the generation. So a logout is effective immediately, and a refresh
 does not invalidate older access tokens.
 
-The network of a client is its IPv4 address or IPv6 /56 network. It limits failed logins, and the
-number of passwords that are hashed for one client at a time.
+Failed logins and simultaneous password hashes are limited per network, which is the IPv4 address or
+the IPv6 /56 network of a client.
 """
 
 import ipaddress
@@ -43,7 +44,8 @@ from pydantic_core import PydanticCustomError
 
 import db
 
-# The names and levels of the security events follow OWASP's Logging Vocabulary.
+# The names and levels of security events follow OWASP's Logging Vocabulary, except for our own
+# authn_token_reuse_in_grace.
 logger = logging.getLogger("auth_jwt")
 
 
@@ -91,24 +93,24 @@ def register(email: str, password: str, network: str) -> Tokens:
 
 
 def log_in(email: str, password: str, network: str) -> Tokens:
-    """Start a session. A 401 does not reveal whether the email is registered, a 429 does."""
+    """Start a session. A 401 does not reveal whether the email is registered; a 429 does."""
     user = db.find_user_by_email(email) or UNKNOWN_USER
-    user_id, verified_hash = str(user["_id"]), user["password_hash"]
+    user_id, stored_hash = str(user["_id"]), user["password_hash"]
     check_login_limit(user, network)
-    is_correct = verify_password(verified_hash, password, network)
-    # Check again, because parallel guesses all pass the first check. Beyond the limit, a correct
-    # one must not succeed either.
+    is_correct = verify_password(stored_hash, password, network)
+    # Check again, because parallel guesses all pass the first check. A correct guess beyond the
+    # limit must fail, too.
     check_login_limit(db.find_user_by_email(email) or UNKNOWN_USER, network)
     if not is_correct:
         db.record_failed_login(email, network, now())
         logger.warning("authn_login_fail user=%s network=%s", user_id, network)
         raise HTTPException(401, "Wrong email or password", {"WWW-Authenticate": "Bearer"})
     # The parameters of the hasher may have changed since the password was hashed.
-    needs_rehash = hasher.check_needs_rehash(verified_hash)
-    new_hash = hash_password(password, network) if needs_rehash else verified_hash
+    needs_rehash = hasher.check_needs_rehash(stored_hash)
+    new_hash = hash_password(password, network) if needs_rehash else stored_hash
     session = new_session()
     is_added = db.add_session(
-        user_id, verified_hash=verified_hash, new_hash=new_hash, session=session, network=network
+        user_id, verified_hash=stored_hash, new_hash=new_hash, session=session, network=network
     )
     if not is_added:
         # The user was deleted, or another request has replaced the hash. Start over.
@@ -148,7 +150,7 @@ def log_out(refresh_token: str, network: str) -> None:
     end_session(claims, network)
 
 
-# In an app that includes the router, a scheme with the default name could merge with another one.
+# A host application may have a security scheme with the default name, HTTPBearer, in its OpenAPI.
 bearer = HTTPBearer(scheme_name="AccessToken", description="Paste an access_token.")
 
 
@@ -173,7 +175,7 @@ def new_session() -> db.Session:
 
 
 def was_just_replaced(claims: Claims, session: db.Session) -> bool:
-    """Return whether the token is of the previous generation and was replaced within a minute."""
+    """Return whether the token is of the previous generation and in its grace period."""
     is_previous = claims.generation == session["generation"] - 1
     # The difference is negative if the clocks of two servers differ.
     return is_previous and abs(now() - session["issued_at"]) < timedelta(minutes=1)
@@ -182,8 +184,7 @@ def was_just_replaced(claims: Claims, session: db.Session) -> bool:
 def end_session(claims: Claims, network: str) -> None:
     """Delete the session of a refresh token if it exists, and log it.
 
-    A client has no reason to send a token that was replaced more than a minute ago. Such a token is
-    logged as reuse.
+    A replaced token outside of its grace period is logged as reuse.
     """
     session = db.delete_session(claims.sub, claims.sid)
     if session is None:
@@ -225,7 +226,7 @@ REFRESH_TOKEN_LIFETIME = timedelta(days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS
 
 
 class InvalidToken(HTTPException):
-    """Becomes the 401 for an invalid token (RFC 6750 section 3.1)."""
+    """The 401 response to an invalid token (RFC 6750 section 3.1)."""
 
     def __init__(self) -> None:
         challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
@@ -258,9 +259,9 @@ MAX_TOKEN_LENGTH = 300
 
 
 def read_token(token: str, token_type: str, allow_expired: bool = False) -> Claims:
-    """Return the claims of a valid token of this type (RFC 8725). Raises InvalidToken."""
-    # PyJWT parses the header before it checks the signature. A long, deeply nested one can overflow
-    # the stack of a thread and end the process, for example with musl on Alpine Linux.
+    """Return the claims of a valid token of this type. Raises InvalidToken."""
+    # PyJWT parses the header before it checks the signature. A long, deeply nested header can
+    # overflow the stack of a thread and end the process, for example with musl on Alpine Linux.
     if len(token) > MAX_TOKEN_LENGTH:
         raise InvalidToken
     try:
@@ -325,7 +326,7 @@ def verify_password(password_hash: str, password: str, network: str) -> bool:
 
 
 class Overloaded(HTTPException):
-    """Becomes the 503 if the network has no place for another hash, or if memory is low."""
+    """The 503 response if the network has no place for another hash, or if memory is low."""
 
     def __init__(self) -> None:
         super().__init__(503, "The service is overloaded; try again", {"Retry-After": "1"})
@@ -378,11 +379,10 @@ MAX_FAILURES_PER_NETWORK = 20
 
 
 def check_login_limit(user: db.Document, network: str) -> None:
-    """Raise a 429 after 20 failed logins within an hour from this network, or 100 from all.
+    """Raise a 429 after 20 failed logins of the user from this network, or 100 from all, within an hour.
 
-    The second limit (NIST SP 800-63B-4 section 3.2.2) does not apply to networks in which the user
-    has a live session. So one network cannot lock the user out of another one. Five networks can,
-    but not out of a network with a live session.
+    The second limit (NIST SP 800-63B-4 section 3.2.2) exempts a network from which the user has
+    started a session that has not expired.
     """
     # A failure far in the future is due to a wrong clock, and must not lock the user out.
     recent_failures = [
@@ -394,9 +394,8 @@ def check_login_limit(user: db.Document, network: str) -> None:
     wait = get_wait(own_failures, MAX_FAILURES_PER_NETWORK)
     wait_for_all = get_wait(recent_failures, db.MAX_LOGIN_FAILURES)
     if wait_for_all > wait:
-        # A session is live for as long as its refresh token.
-        oldest_live_session = now() - REFRESH_TOKEN_LIFETIME
-        if not db.has_session_since(str(user["_id"]), network, oldest_live_session):
+        expired_until = now() - REFRESH_TOKEN_LIFETIME
+        if not db.has_session_since(str(user["_id"]), network, expired_until):
             wait = wait_for_all
     if wait > timedelta(0):
         logger.warning("authn_login_lock user=%s network=%s", user["_id"], network)
@@ -417,11 +416,11 @@ def get_wait(recent_failures: list[db.Document], limit: int) -> timedelta:
 
 
 async def get_client_network(connection: HTTPConnection) -> str:
-    """Return the client's IPv4 address or IPv6 /56 network, or "unknown".
+    """Return the client's IPv4 address, the first address of its IPv6 /56 network, or "unknown".
 
-    Behind a proxy, this is the client's only if uvicorn trusts the proxy's X-Forwarded-For. The
-    function is async because FastAPI would run a plain one in another thread.
+    uvicorn must trust the X-Forwarded-For of a proxy. Otherwise, the proxy counts as the client.
     """
+    # The function is async because FastAPI would run a plain one in another thread.
     try:
         address = ipaddress.ip_address(connection.client.host if connection.client else "")
     except ValueError:

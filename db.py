@@ -7,8 +7,8 @@ A user is one document, so each change to a user or a session is one atomic upda
      login_failures: [{network, failed_at}]}
 
 The sessions are in a field named `refresh_tokens` because existing databases use that name. Times
-are in UTC. Other programs may write to the collection, too. A document of theirs that does not have
-this form cannot log in.
+are in UTC. Other programs may write to the collection, too. A user whose document lacks this form
+cannot log in.
 """
 
 import logging
@@ -46,8 +46,8 @@ Document = dict[str, Any]
 def abort_startup(reason: str) -> NoReturn:
     """Print the reason and exit with status 3, which also ends `uvicorn --workers`."""
     print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
-    # A server may print a traceback of this. It must not contain an earlier error, whose message
-    # could quote a secret.
+    # uvicorn prints a traceback. It must not contain an earlier error, whose message could quote a
+    # secret.
     raise SystemExit(3) from None
 
 
@@ -55,14 +55,16 @@ def find_env_file() -> Path | None:
     """Return the path of the nearest .env, in the folder of this file or above."""
     for folder in Path(__file__).absolute().parents:
         path = folder / ".env"
-        # A virtual environment can be a folder named .env. A broken link is not skipped.
+        # A virtual environment can be a folder named .env. lexists() also finds a broken link, so a
+        # missing secret is an error.
         if os.path.lexists(path) and not path.is_dir():
             return path
     return None
 
 
 def read_env_file(path: Path) -> dict[str, str | None]:
-    """Return the settings in the file, which is read only once because it can be a named pipe."""
+    """Return the settings in the file. Exits if a line is malformed."""
+    # The file can be a named pipe, which can be read only once.
     text = path.read_text(encoding="utf-8-sig")
     # dotenv_values() would skip a malformed line.
     if any(binding.error for binding in parse_stream(StringIO(text))):
@@ -102,8 +104,8 @@ def get_collection() -> Collection[Document]:
         return mongomock.MongoClient(tz_aware=True)["memory"]["users"]
     try:
         with catch_warnings(action="default"):
-            # PyMongo only warns about an option that it ignores. A misspelled TLS option would
-            # disable TLS, so these warnings are errors. Its other warnings are harmless.
+            # PyMongo only warns about an invalid option. A misspelled TLS option would disable TLS,
+            # so these warnings are errors. Its other warnings are harmless.
             filterwarnings("error", "Unknown option|The value of|authMechanism must")
             client = MongoClient[Document](
                 MONGO_URI,
@@ -137,7 +139,7 @@ users = get_collection()
 
 
 class DatabaseUnavailable(HTTPException):
-    """Becomes the 503 while MongoDB is unavailable. A retry can succeed."""
+    """The 503 response while MongoDB is unavailable. A retry can succeed."""
 
     def __init__(self) -> None:
         super().__init__(503, "The database is unavailable; try again", {"Retry-After": "2"})
@@ -155,11 +157,12 @@ memory_lock = nullcontext() if MONGO_URI else RLock()
 
 @contextmanager
 def circuit_breaker() -> Iterator[None]:
-    """Run queries, and raise error responses instead of MongoDB's errors.
+    """Run queries in a `with` statement or a decorated function.
 
-    During an outage of MongoDB, only one query per RETRY_INTERVAL is tried. Otherwise, each request
-    would occupy a thread for TIMEOUT_MS, and no thread would be left for requests that need no
-    database. Use it in a `with` statement or as a decorator.
+    Raises DatabaseUnavailable during an outage, and a 500 for another error of MongoDB. An outage
+    begins when a query gets no usable response and no other query has had one for RETRY_INTERVAL.
+    The next response ends it. Until then, only one query per RETRY_INTERVAL is tried, because each
+    one would occupy a thread for TIMEOUT_MS.
     """
     global last_response, next_attempt
     # Read once, because another thread can end the outage at any time.
@@ -198,7 +201,7 @@ def circuit_breaker() -> Iterator[None]:
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether a retry may succeed, because no server gave a usable response."""
+    """Return whether the error is temporary, so that a retry may succeed."""
     if isinstance(error, OperationFailure):
         # For example a query that timed out, or a server that is shutting down.
         return error.timeout or error.has_error_label("RetryableWriteError")
@@ -225,7 +228,7 @@ INDEX_CONFLICTS = (85, 86)
 
 
 def ensure_unique_index() -> None:
-    """Create a unique index on `email`, or wait if another client is creating it."""
+    """Create a unique index on `email` unless there is an equivalent one. Waits until it is built."""
     try:
         users.create_index("email", unique=True)
     except OperationFailure as error:
@@ -233,7 +236,7 @@ def ensure_unique_index() -> None:
             raise
         for name, index in users.index_information().items():
             if is_unique_on_email(index):
-                # It can be listed before it is complete. This waits until it is.
+                # An index is listed before it is built. This waits for it.
                 is_sparse = index.get("sparse", False)
                 users.create_index("email", name=name, unique=True, sparse=is_sparse)
                 return
@@ -242,7 +245,7 @@ def ensure_unique_index() -> None:
 
 def is_unique_on_email(index: Mapping[str, Any]) -> bool:
     """Return whether an index, as index_information() describes it, makes all emails unique."""
-    # An index with a collation, which is a way to compare text, can treat Ä and A as equal.
+    # With a collation, an index can treat Ä and A as equal.
     has_filter_or_collation = "partialFilterExpression" in index or "collation" in index
     is_on_email = index["key"] == [("email", 1)]
     return bool(index.get("unique")) and is_on_email and not has_filter_or_collation
@@ -297,7 +300,7 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
 
 
 def login_query(email: str) -> Document:
-    """Return a query for the user with this email, which ignores documents of other programs."""
+    """Return a filter for the user with this email whose document has the form of this service."""
     # In MongoDB, a condition on a field also matches an array with such an element.
     not_array = {"$not": {"$type": "array"}}
     return {
@@ -332,15 +335,15 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     failure = {"network": network, "failed_at": failed_at}
     # $slice needs $each. A negative number keeps the last elements.
     push = {"$each": [failure], "$slice": -MAX_LOGIN_FAILURES}
-    # For an unknown email, nothing is written. To wait for a majority only for a registered email
-    # would reveal that it is registered.
+    # With a majority, the update would take longer if it matches than if it does not, which would
+    # reveal that the email is registered.
     users_w1 = users.with_options(write_concern=WriteConcern(1))
     users_w1.update_one(login_query(email), {"$push": {"login_failures": push}})
 
 
 @circuit_breaker()
 def has_session_since(user_id: str, network: str, since: datetime) -> bool:
-    """Return whether a session that was started in the network has newer tokens than that."""
+    """Return whether a session that was started from the network was last refreshed after that."""
     session = {"network": network, "issued_at": {"$gt": since}}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": session}}
     return users.find_one(query, {"_id": 1}) is not None
@@ -352,8 +355,8 @@ def add_session(
 ) -> bool:
     """Add a session, set the password hash and drop the failed logins of the network.
 
-    Return whether the user still exists with the verified hash. The query contains it, so that a
-    login with a password that was changed in the meantime does not succeed.
+    Return whether the user still exists with the verified hash. The query contains it, so that the
+    login fails if the password was changed in the meantime.
     """
     query = {"_id": ObjectId(user_id), "password_hash": verified_hash}
     newest_sessions = {
@@ -397,8 +400,8 @@ def find_session(user_id: str, sid: str) -> Session | None:
 def delete_session(user_id: str, sid: str) -> Session | None:
     """Delete the session. Return it as it was, or None if it does not exist.
 
-    The update waits for a majority of the servers even if nothing matches. So a repeated logout is
-    acknowledged only when the first one survives a failover.
+    Even if nothing matches, MongoDB waits until a majority of the servers has all earlier writes. So
+    a repeated logout is acknowledged only when the first one survives a failover.
     """
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
     projection = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
