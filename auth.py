@@ -379,7 +379,7 @@ MAX_FAILURES_PER_NETWORK = 20
 
 
 def check_login_limit(user: db.Document, network: str) -> None:
-    """Raise a 429 after 20 failed logins of the user from this network, or 100 from all, within an hour.
+    """Raise a 429 after 20 failed logins of the user from this network in an hour, or 100 from all.
 
     The second limit (NIST SP 800-63B-4 section 3.2.2) exempts a network from which the user has
     started a session that has not expired.

@@ -228,7 +228,7 @@ INDEX_CONFLICTS = (85, 86)
 
 
 def ensure_unique_index() -> None:
-    """Create a unique index on `email` unless there is an equivalent one. Waits until it is built."""
+    """Create a unique index on `email` unless there is an equivalent one. Waits for its build."""
     try:
         users.create_index("email", unique=True)
     except OperationFailure as error:
@@ -400,8 +400,8 @@ def find_session(user_id: str, sid: str) -> Session | None:
 def delete_session(user_id: str, sid: str) -> Session | None:
     """Delete the session. Return it as it was, or None if it does not exist.
 
-    Even if nothing matches, MongoDB waits until a majority of the servers has all earlier writes. So
-    a repeated logout is acknowledged only when the first one survives a failover.
+    Even if nothing matches, MongoDB waits until a majority of the servers has all earlier writes.
+    So a repeated logout is acknowledged only when the first one survives a failover.
     """
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
     projection = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}

@@ -1,4 +1,4 @@
-"""Tests over HTTP: what the service promises, in the order in which a user meets it.
+"""Tests over HTTP: what the service promises, in the order of auth.py.
 
 They run in memory, or on the MongoDB server at TEST_MONGO_URI in a database with a random name,
 which is dropped at the end. They do not use .env.
@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 TEST_MONGO_URI = os.getenv("TEST_MONGO_URI", "")
-SETTINGS = {  # An empty variable counts as not set, and hides the one in .env.
+SETTINGS = {  # An empty variable takes precedence over .env, and stands for the default.
     "MONGO_URI": TEST_MONGO_URI,
     "MONGO_DB_NAME": f"auth_jwt_test_{uuid.uuid4().hex}",
     "JWT_SECRET_KEY": TEST_MONGO_URI and "a key for the tests, longer than 32 bytes",
