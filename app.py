@@ -42,7 +42,7 @@ Email = Annotated[
 ]
 Password = Annotated[
     str,
-    Field(max_length=128, examples=["MyS3cret@1"], repr=False),  # not in logs
+    Field(max_length=128, examples=["MyS3cret@1"]),
     AfterValidator(to_nfc),
 ]
 StrongPassword = Annotated[Password, AfterValidator(auth.check_password_strength)]
@@ -52,7 +52,7 @@ class Credentials(BaseModel):
     """An email and a password."""
 
     email: Email
-    password: Password
+    password: Password = Field(repr=False)
 
 
 class NewCredentials(Credentials):
@@ -62,7 +62,7 @@ class NewCredentials(Credentials):
     digit and a symbol or space.
     """
 
-    password: StrongPassword
+    password: StrongPassword = Field(repr=False)
 
 
 class RefreshToken(BaseModel):

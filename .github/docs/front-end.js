@@ -78,8 +78,8 @@ async function refresh(used, signal) {
   return readTokens();
 }
 
-// Only one tab at a time refreshes. Pages on http:// have no locks, except on localhost: their tabs
-// can refresh at the same time, and the service sends all of them the same tokens.
+// Only one tab at a time refreshes. Pages on http:// have no locks, except on localhost. If several
+// tabs refresh the same tokens within a minute, the service sends all of them the same new ones.
 function lockAndReplace(used) {
   const replace = () => replaceTokens(used);
   return navigator.locks ? navigator.locks.request(key, replace) : replace();
