@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -186,40 +187,45 @@ def test_the_start_command_starts_the_host_at_port_8000(project):
 # The tests of the project
 
 
+@pytest.fixture
+def databases(session_mongod):
+    """A client of the server that .env of the project names."""
+    with pymongo.MongoClient(session_mongod.uri) as client:
+        yield client
+        client.drop_database("auth_db")
+
+
 @pytest.mark.parametrize(
     ("folder", "command"),
     [(".", TEST.strip()), ("tests", TEST.strip()), ("tests", ".venv/bin/pytest tests")],
 )
 def test_the_tests_of_the_project_do_not_touch_the_database(
-    project, session_mongod, tmp_path, folder, command
+    project, databases, tmp_path, folder, command
 ):
     copy = shutil.copytree(project, tmp_path / "project", symlinks=True)
     (copy / folder).mkdir(exist_ok=True)
     (copy / "test_main.py").rename(copy / folder / "test_main.py")
     # The second module registers the same user again.
     shutil.copy(copy / folder / "test_main.py", copy / folder / "test_more.py")
-    with pymongo.MongoClient(session_mongod.uri) as client:
-        client.auth_db.users.insert_one({"_id": 1, "email": "host@example.com"})
-        before = contents_of(client)
-        output = run_bash(f"{command} -q -W error -p no:cacheprovider", copy)
-        assert "4 passed" in output
-        assert contents_of(client) == before
-        client.auth_db.users.delete_one({"_id": 1})
+    databases.auth_db.users.insert_one({"email": "host@example.com"})
+    before = contents_of(databases)
+    output = run_bash(f"{command} -q -W error -p no:cacheprovider", copy)
+    assert "4 passed" in output
+    assert contents_of(databases) == before
 
 
-def test_the_tests_of_the_project_can_use_a_test_database(project, session_mongod, tmp_path):
+def test_the_tests_of_the_project_can_use_a_test_database(project, databases, tmp_path):
     copy = shutil.copytree(project, tmp_path / "project", symlinks=True)
     conftest = (copy / "conftest.py").read_text()
     setting, assertion = re.findall(r'`(os\.environ\["M[^`]*|assert [^`]*)`', DOCUMENT)
     conftest = re.sub(r"^os\.environ.*", setting, conftest, flags=re.MULTILINE)
     conftest = re.sub(r"assert .*", assertion, conftest)
     (copy / "conftest.py").write_text(conftest)
-    with pymongo.MongoClient(session_mongod.uri) as client:
-        before = contents_of(client)
-        run_bash(f"{TEST.strip()} -q -k registered -p no:cacheprovider", copy)
-        assert client.test.users.count_documents({}) == 1
-        client.drop_database("test")
-        assert contents_of(client) == before
+    before = contents_of(databases)
+    run_bash(f"{TEST.strip()} -q -k registered -p no:cacheprovider", copy)
+    assert databases.test.users.count_documents({}) == 1
+    databases.drop_database("test")
+    assert contents_of(databases) == before
 
 
 def contents_of(client):
@@ -454,15 +460,6 @@ def test_a_socket_with_an_access_token_gets_responses(open_socket, email, tokens
     socket = open_socket(tokens["access_token"], "hello", "")
     assert socket.recv(timeout=30) == f"{email}: hello"
     assert socket.recv(timeout=30) == f"{email}: "
-
-
-@pytest.mark.parametrize("message", ["", "x", "x" * 100_000])
-def test_a_socket_without_a_token_is_closed(open_socket, message):
-    assert close_code_of(open_socket(message)) == 4401
-
-
-def test_a_socket_with_a_refresh_token_is_closed(open_socket, tokens):
-    assert close_code_of(open_socket(tokens["refresh_token"])) == 4401
 
 
 def test_a_socket_with_a_binary_message_is_closed(open_socket, email, tokens):
@@ -927,6 +924,22 @@ def test_a_socket_is_closed_when_its_token_expires(host, host_client, monkeypatc
 
 
 @only_in_memory
+@pytest.mark.parametrize("message", ["", "x", "x" * 100_000])
+def test_a_socket_without_a_token_is_closed(host_client, message):
+    with host_client.websocket_connect("/echo") as socket:
+        socket.send_text(message)
+        assert code_after_close(socket) == 4401
+
+
+@only_in_memory
+def test_a_socket_with_a_refresh_token_is_closed(host_client):
+    tokens = register(host_client, new_email())
+    with host_client.websocket_connect("/echo") as socket:
+        socket.send_text(tokens["refresh_token"])
+        assert code_after_close(socket) == 4401
+
+
+@only_in_memory
 def test_a_message_after_a_logout_gets_no_response(host_client):
     tokens = register(host_client, new_email())
     with host_client.websocket_connect("/echo") as socket:
@@ -949,9 +962,12 @@ def test_an_outage_closes_a_socket_with_another_code(host, host_client, monkeypa
 
 
 def code_after_close(socket):
-    with pytest.raises(WebSocketDisconnect) as closed:
-        socket.receive_text()
-    return closed.value.code
+    """Return the code with which the server closes the connection within 10 seconds."""
+    pool = ThreadPoolExecutor(1)
+    error = pool.submit(socket.receive_text).exception(timeout=10)
+    pool.shutdown(wait=False)
+    assert isinstance(error, WebSocketDisconnect)
+    return error.code
 
 
 # cookies.py
