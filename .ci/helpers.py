@@ -75,7 +75,7 @@ class Mongod:
                 self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
             return listens(self.port)
 
-        wait_until(is_started, 30)
+        wait_until(is_started, 60)
 
     def kill(self):
         self.process.kill()
@@ -96,7 +96,7 @@ class Mongod:
 
     def wait_for_fail_point(self, times):
         """Wait until so many queries have reached a fail point since the server started."""
-        wait = {"waitForFailPoint": "failCommand", "timesEntered": times, "maxTimeMS": 30_000}
+        wait = {"waitForFailPoint": "failCommand", "timesEntered": times, "maxTimeMS": 60_000}
         with pymongo.MongoClient(self.uri) as client:
             client.admin.command(wait)
 
@@ -120,6 +120,8 @@ class Mongod:
 # The service
 
 UVICORN = ("-m", "uvicorn", "app:app", "--no-access-log")
+# By default, uvicorn replaces a worker that is busy for five seconds.
+TWO_WORKERS = ("--workers", "2", "--timeout-worker-healthcheck", "60")
 SETTINGS = (
     "MONGO_URI",
     "MONGO_DB_NAME",
@@ -194,7 +196,7 @@ class Service:
         script=None,
         folder=ROOT,
         prefix=(),
-        seconds=30,
+        seconds=60,
         **variables,
     ):
         command = (script,) if script else ("-m", "uvicorn", app, "--no-access-log")
@@ -224,7 +226,7 @@ class Service:
 
     def wait_for_log(self, text, count=1):
         """Wait until the text occurs so often in the log."""
-        wait_until(lambda: self.log.count(text) >= count, 30)
+        wait_until(lambda: self.log.count(text) >= count, 60)
         assert self.log.count(text) == count
 
     def workers(self):
@@ -237,7 +239,7 @@ class Service:
         if token:
             headers["Authorization"] = f"Bearer {token}"
         connection = http.client.HTTPConnection(
-            "127.0.0.1", self.port, timeout=30, source_address=(source, 0)
+            "127.0.0.1", self.port, timeout=60, source_address=(source, 0)
         )
         started = time.monotonic()
         with contextlib.closing(connection):
@@ -272,7 +274,7 @@ class Service:
 
     def stop(self):
         self.process.terminate()
-        self.process.wait(15)
+        self.process.wait(60)
         self.reader.join(10)
         assert "Traceback" not in self.log
 

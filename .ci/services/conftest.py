@@ -2,7 +2,7 @@
 
 import pymongo
 import pytest
-from helpers import Mongod, Service, kill_services, started_services
+from helpers import TWO_WORKERS, Mongod, Service, kill_services, started_services
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def service(mongod):
 @pytest.fixture
 def workers(mongod):
     """A service with two workers."""
-    service = Service(mongod.uri, "--workers", "2")
+    service = Service(mongod.uri, *TWO_WORKERS)
     service.wait_for_log("startup complete", 2)
     yield service
     service.stop()

@@ -19,7 +19,7 @@ import dns.message
 import dns.rcode
 import dns.rrset
 import pytest
-from helpers import Service, new_email, wait_until
+from helpers import TWO_WORKERS, Service, new_email, wait_until
 
 NAME_SERVER = ("127.0.0.53", 53)
 DOMAIN = "db.auth-jwt.example"
@@ -115,7 +115,7 @@ def wait_for_registrations(service):
         statuses.append(service.register(new_email()).status)
         return statuses[-5:] == [201] * 5
 
-    wait_until(five_registrations_in_a_row_succeed, 30)
+    wait_until(five_registrations_in_a_row_succeed, 60)
 
 
 SRV_URI = f"mongodb+srv://{DOMAIN}/?tls=false"
@@ -162,7 +162,7 @@ def test_a_plain_host_name_that_does_not_resolve_is_an_outage(name_server, mongo
 
 
 def test_a_worker_that_is_replaced_without_dns_does_not_end_the_others(name_server, in_namespace):
-    service = Service(SRV_URI, "--workers", "2", prefix=in_namespace)
+    service = Service(SRV_URI, *TWO_WORKERS, prefix=in_namespace)
     service.wait_for_log("startup complete", 2)
     assert service.register(new_email()).status == 201
     name_server.mode = "SERVFAIL"

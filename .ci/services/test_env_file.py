@@ -7,7 +7,7 @@ import time
 
 import jwt
 import pytest
-from helpers import Service, copy_modules, new_email
+from helpers import TWO_WORKERS, Service, copy_modules, new_email
 
 HOST = """
 import sys
@@ -48,7 +48,7 @@ def restart_workers(service):
 
 def test_workers_read_a_changed_env_file_after_a_restart(folder):
     set_lifetime(folder, 60)
-    service = Service(None, "--workers", "2", folder=folder)
+    service = Service(None, *TWO_WORKERS, folder=folder)
     service.wait_for_log("startup complete", 2)
     assert read_lifetime(service) == 60
     set_lifetime(folder, 120)
@@ -59,7 +59,9 @@ def test_workers_read_a_changed_env_file_after_a_restart(folder):
 
 def test_workers_of_a_host_that_imports_the_service_read_a_changed_env_file(folder):
     set_lifetime(folder, 60)
-    (folder / "main.py").write_text(HOST.replace("OPTION", "workers=2"))
+    (folder / "main.py").write_text(
+        HOST.replace("OPTION", "workers=2, timeout_worker_healthcheck=60")
+    )
     service = Service(None, script="main.py", folder=folder)
     service.wait_for_log("startup complete", 2)
     assert read_lifetime(service) == 60
@@ -85,7 +87,7 @@ def test_a_host_that_is_reloaded_reads_a_changed_env_file(folder):
 
 def test_workers_continue_if_the_new_settings_are_invalid(folder):
     set_lifetime(folder, 60)
-    service = Service(None, "--workers", "2", folder=folder)
+    service = Service(None, *TWO_WORKERS, folder=folder)
     service.wait_for_log("startup complete", 2)
     set_lifetime(folder, "never")
     service.process.send_signal(signal.SIGHUP)

@@ -29,7 +29,7 @@ def test_an_acknowledged_registration_survives_kill_9_of_mongod(tmp_path, reques
         assert service.register(email).status == 201
     mongod.kill()
     mongod.start()
-    wait_until(lambda: service.login(emails[-1]).status == 200, 30)
+    wait_until(lambda: service.login(emails[-1]).status == 200, 60)
     service.stop()
 
 
@@ -38,11 +38,11 @@ def test_requests_are_503_during_an_outage_and_work_after_it(mongod, service, fa
     token = service.register(new_email()).body["access_token"]
     with repeat(50, lambda _: service.me(token)) as responses:
         # The fault hits queries that are running.
-        wait_until(lambda: len(responses) > 50, 30)
+        wait_until(lambda: len(responses) > 50, 60)
         getattr(mongod, fault)()
-        wait_until(lambda: statuses_of(responses).count(503) > 50, 30)
+        wait_until(lambda: statuses_of(responses).count(503) > 50, 60)
         getattr(mongod, repair)()
-        wait_until(lambda: set(statuses_of(responses[-50:])) == {200}, 30)
+        wait_until(lambda: set(statuses_of(responses[-50:])) == {200}, 60)
     assert set(statuses_of(responses)) == {200, 503}
     assert service.log.count("MongoDB is not responding") == 1
     assert service.log.count("MongoDB is responding again") == 1
@@ -53,7 +53,7 @@ def test_requests_that_need_no_database_do_not_wait_in_an_outage(mongod, service
     # Five times as many clients as there are threads.
     with repeat(200, lambda _: service.me(token)) as responses:
         mongod.freeze()
-        wait_until(lambda: 503 in statuses_of(responses), 30)
+        wait_until(lambda: 503 in statuses_of(responses), 60)
         others = [service.me("malformed") for _ in range(5)]
         mongod.resume()
     assert set(statuses_of(others)) == {401}
@@ -81,11 +81,11 @@ def test_the_liveness_probe_needs_neither_the_database_nor_a_thread(mongod, serv
 def test_an_outage_ends_no_session_of_clients_that_obey_retry_after(mongod, service):
     refresh = start_sessions(service, 10)
     with repeat(10, refresh) as responses:
-        wait_until(lambda: len(responses) > 20, 30)
+        wait_until(lambda: len(responses) > 20, 60)
         mongod.freeze()
-        wait_until(lambda: statuses_of(responses).count(503) >= 10, 30)
+        wait_until(lambda: statuses_of(responses).count(503) >= 10, 60)
         mongod.resume()
-        wait_until(lambda: set(statuses_of(responses[-10:])) == {200}, 30)
+        wait_until(lambda: set(statuses_of(responses[-10:])) == {200}, 60)
     assert set(statuses_of(responses)) == {200, 503}
     assert set(statuses_of(send_at_once(10, refresh))) == {200}
     assert "authn_token_reuse_in_grace" in service.log
@@ -107,7 +107,7 @@ def test_a_dropped_connection_is_no_outage_while_others_work(mongod, service):
 
 def wait_for_ten_responses(responses):
     number = len(responses)
-    wait_until(lambda: statuses_of(responses[number:]).count(200) >= 10, 30)
+    wait_until(lambda: statuses_of(responses[number:]).count(200) >= 10, 60)
 
 
 class HttpHandler(socketserver.BaseRequestHandler):
@@ -127,7 +127,7 @@ def test_a_server_that_is_not_mongodb_is_an_outage(tmp_path, request):
         web_server.shutdown()
     mongod = Mongod(tmp_path / "late", port=port)
     request.addfinalizer(mongod.kill)
-    wait_until(lambda: service.register(new_email()).status == 201, 30)
+    wait_until(lambda: service.register(new_email()).status == 201, 60)
     service.stop()
 
 

@@ -85,7 +85,7 @@ def flooded_service(mongod, tmp_path):
         return service.login("bob@example.com", source="127.0.1.1")
 
     with repeat(64, log_in, obey_retry_after=False) as responses:
-        wait_until(lambda: 503 in statuses_of(responses), 30)
+        wait_until(lambda: 503 in statuses_of(responses), 60)
         yield service, responses
     service.stop()
 

@@ -3,7 +3,7 @@
 import signal
 import uuid
 
-from helpers import Response, Service, copy_modules, new_email, repeat, statuses_of
+from helpers import TWO_WORKERS, Response, Service, copy_modules, new_email, repeat, statuses_of
 
 
 def test_a_new_key_logs_everybody_out(mongod, service):
@@ -36,7 +36,7 @@ def test_sighup_replaces_the_workers_without_downtime(workers):
 
 def test_workers_have_changed_code_after_a_restart(tmp_path):
     copy_modules(tmp_path)
-    service = Service("", "--workers", "2", folder=tmp_path)
+    service = Service("", *TWO_WORKERS, folder=tmp_path)
     service.wait_for_log("startup complete", 2)
     with (tmp_path / "app.py").open("a") as app:
         app.write('\nlogger.critical("new code")\n')

@@ -4,7 +4,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from helpers import Service, copy_modules, new_email, statuses_of
+from helpers import TWO_WORKERS, Service, copy_modules, new_email, statuses_of
 
 HALF_A_REQUEST = (
     b"POST /auth/login HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -20,7 +20,7 @@ def end_with_an_open_request(service):
         assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         service.process.terminate()
         started = time.monotonic()
-        service.process.wait(30)
+        service.process.wait(60)
         seconds = time.monotonic() - started
     service.reader.join(10)
     # uvicorn logs the request that it cancels.
@@ -39,7 +39,7 @@ def test_app_py_ends_ten_seconds_after_sigterm_at_the_latest(tmp_path):
 
 
 def test_workers_end_after_their_graceful_shutdown_timeout(mongod):
-    service = Service(mongod.uri, "--timeout-graceful-shutdown", "1", "--workers", "2")
+    service = Service(mongod.uri, "--timeout-graceful-shutdown", "1", *TWO_WORKERS)
     service.wait_for_log("startup complete", 2)
     end_with_an_open_request(service)
 

@@ -5,7 +5,16 @@ import re
 import signal
 
 import pytest
-from helpers import UVICORN, Service, copy_modules, free_port, new_email, start_command, wait_until
+from helpers import (
+    TWO_WORKERS,
+    UVICORN,
+    Service,
+    copy_modules,
+    free_port,
+    new_email,
+    start_command,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -20,12 +29,12 @@ def copy(tmp_path):
 
 def test_workers_start_without_mongodb_and_create_the_index_later(mongod):
     mongod.kill()
-    service = Service(mongod.uri, "--workers", "2")
+    service = Service(mongod.uri, *TWO_WORKERS)
     service.wait_for_log("startup complete", 2)
     service.wait_for_log("MongoDB is not responding", 2)
     assert service.register(new_email()).status == 503
     mongod.start()
-    wait_until(lambda: service.register(new_email()).status == 201, 30)
+    wait_until(lambda: service.register(new_email()).status == 201, 60)
     assert mongod.has_unique_index()
     service.stop()
 
@@ -39,7 +48,7 @@ def test_workers_are_replaced_without_mongodb(mongod, workers):
     assert workers.process.poll() is None
     assert workers.register(new_email()).status == 503
     mongod.start()
-    wait_until(lambda: workers.register(new_email()).status == 201, 30)
+    wait_until(lambda: workers.register(new_email()).status == 201, 60)
 
 
 def test_app_py_logs_an_unreachable_mongodb_once(copy):
@@ -64,7 +73,7 @@ def test_app_py_serves_where_web_concurrency_is_set(copy, is_in_file):
 
 
 @pytest.mark.parametrize(
-    ("options", "status"), [([], 3), (["--workers", "2"], 0)], ids=["one worker", "two workers"]
+    ("options", "status"), [((), 3), (TWO_WORKERS, 0)], ids=["one worker", "two workers"]
 )
 def test_the_exit_status_of_uvicorn_after_an_invalid_setting(options, status):
     command = [*UVICORN, "--port", "0", *options]
@@ -117,7 +126,7 @@ def test_uvicorn_logs_security_events_with_time_and_level(service):
     email = new_email()
     service.register(email)
     service.login(email)
-    wait_until(lambda: "authn_login_success" in service.log, 30)
+    wait_until(lambda: "authn_login_success" in service.log, 60)
     time_and_level = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
     assert re.search(time_and_level + "WARNING user_created user=", service.log, re.MULTILINE)
     assert re.search(time_and_level + "INFO authn_login_success", service.log, re.MULTILINE)
