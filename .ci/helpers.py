@@ -120,8 +120,8 @@ class Mongod:
 # The service
 
 UVICORN = ("-m", "uvicorn", "app:app", "--no-access-log")
-# By default, uvicorn replaces a worker that is busy for five seconds.
-TWO_WORKERS = ("--workers", "2", "--timeout-worker-healthcheck", "60")
+# By default, uvicorn replaces a worker that does not respond for five seconds.
+TWO_WORKERS = ("--workers", "2", "--timeout-worker-healthcheck", "20")
 SETTINGS = (
     "MONGO_URI",
     "MONGO_DB_NAME",
@@ -273,6 +273,7 @@ class Service:
         return self.request("GET", "/auth/me", token=token)
 
     def stop(self):
+        """End the service. Its log is complete then."""
         self.process.terminate()
         self.process.wait(60)
         self.reader.join(10)

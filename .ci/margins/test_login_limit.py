@@ -106,6 +106,7 @@ times = st.integers(-HOUR, -HOUR + 60) | st.integers(-HOUR, 0) | st.integers(-60
     derandomize=True,
     database=None,
     deadline=None,
+    report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(

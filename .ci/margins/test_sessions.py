@@ -92,6 +92,7 @@ STEP = st.builds(Step, *map(st.sampled_from, (PAUSES, REQUESTS, AGES)))
     derandomize=True,
     database=None,
     deadline=None,
+    report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(steps=st.lists(STEP, min_size=15, max_size=30))

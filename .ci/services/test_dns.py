@@ -131,9 +131,9 @@ def test_a_service_starts_without_dns_and_works_when_dns_does(name_server, in_na
     assert service.me("malformed").status == 401
     name_server.mode = "works"
     wait_for_registrations(service)
+    service.stop()
     assert service.log.count("MongoDB is not responding (ConfigurationError)") == 1
     assert service.log.count("MongoDB is responding again") == 1
-    service.stop()
 
 
 def test_a_service_starts_without_resolv_conf(name_server, tmp_path):
@@ -156,9 +156,9 @@ def test_a_plain_host_name_that_does_not_resolve_is_an_outage(name_server, mongo
     assert service.register(new_email()).status == 503
     name_server.mode = "works"
     wait_for_registrations(service)
+    service.stop()
     assert service.log.count("MongoDB is not responding") == 1
     assert service.log.count("MongoDB is responding again") == 1
-    service.stop()
 
 
 def test_a_worker_that_is_replaced_without_dns_does_not_end_the_others(name_server, in_namespace):

@@ -60,7 +60,7 @@ def test_workers_read_a_changed_env_file_after_a_restart(folder):
 def test_workers_of_a_host_that_imports_the_service_read_a_changed_env_file(folder):
     set_lifetime(folder, 60)
     (folder / "main.py").write_text(
-        HOST.replace("OPTION", "workers=2, timeout_worker_healthcheck=60")
+        HOST.replace("OPTION", "workers=2, timeout_worker_healthcheck=20")
     )
     service = Service(None, script="main.py", folder=folder)
     service.wait_for_log("startup complete", 2)

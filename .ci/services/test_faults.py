@@ -44,6 +44,7 @@ def test_requests_are_503_during_an_outage_and_work_after_it(mongod, service, fa
         getattr(mongod, repair)()
         wait_until(lambda: set(statuses_of(responses[-50:])) == {200}, 60)
     assert set(statuses_of(responses)) == {200, 503}
+    service.stop()
     assert service.log.count("MongoDB is not responding") == 1
     assert service.log.count("MongoDB is responding again") == 1
 
@@ -88,6 +89,7 @@ def test_an_outage_ends_no_session_of_clients_that_obey_retry_after(mongod, serv
         wait_until(lambda: set(statuses_of(responses[-10:])) == {200}, 60)
     assert set(statuses_of(responses)) == {200, 503}
     assert set(statuses_of(send_at_once(10, refresh))) == {200}
+    service.stop()
     assert "authn_token_reuse_in_grace" in service.log
     assert "authn_token_reuse " not in service.log
 
@@ -102,6 +104,7 @@ def test_a_dropped_connection_is_no_outage_while_others_work(mongod, service):
         wait_for_ten_responses(responses)
     assert statuses_of(responses).count(503) == 5
     assert set(statuses_of(responses)) == {200, 503}
+    service.stop()
     assert "MongoDB is not responding" not in service.log
 
 

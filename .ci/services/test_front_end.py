@@ -390,31 +390,32 @@ def test_two_tabs_that_refresh_at_once_share_the_new_tokens(tab, open_tab, set_c
 
 def test_a_tab_that_slept_for_hours_uses_the_tokens_of_another_tab(tab, open_tab, set_clock):
     other_tab = open_tab()
-    for minutes in (16, 32, 48):
-        set_clock(minutes)
+    for number in (1, 2, 3):
+        set_clock(number * EXPIRED)
         assert run(other_tab, ME) == 200
     wait_for_tokens_of(tab, other_tab)
     assert run(tab, ME) == 200
     assert (count(tab, "/auth/refresh"), count(other_tab, "/auth/refresh")) == (0, 3)
 
 
-def test_a_tab_that_slept_during_a_call_refreshes_the_expired_tokens_of_another_tab(
-    tab, open_tab, set_clock
+@pytest.mark.parametrize(("minutes", "refreshes"), [(EXPIRED, 0), (2 * EXPIRED, 1)])
+def test_a_tab_that_slept_during_a_call_refreshes_the_tokens_of_another_tab_if_they_have_expired(
+    tab, open_tab, set_clock, minutes, refreshes
 ):
     other_tab = open_tab()
-    set_clock(16)
+    set_clock(EXPIRED)
 
     def sleep(route):
         response = route.fetch()
         assert response.status == 401
         assert run(other_tab, ME) == 200
         wait_for_tokens_of(tab, other_tab)
-        set_clock(32)
+        set_clock(minutes)
         route.fulfill(response=response)
 
     tab.route("**/auth/me", sleep, times=1)
     assert run(tab, ME) == 200
-    assert count(tab, "/auth/refresh") == 1
+    assert count(tab, "/auth/refresh") == refreshes
 
 
 def test_a_logout_during_a_refresh_stays_a_logout(host, tab, set_clock):
@@ -710,7 +711,7 @@ def test_without_locks_all_tabs_refresh_and_stay_logged_in(open_tab, pages, set_
     for tab in tabs:
         start(tab, f"Promise.all([{ME}, {ME}])")
     assert [run(tab, "started") for tab in tabs] == [[200, 200]] * 3
-    set_clock(32)
+    set_clock(2 * EXPIRED)
     assert [run(tab, ME) for tab in tabs] == [200] * 3
 
 

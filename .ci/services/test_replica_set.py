@@ -127,4 +127,5 @@ def test_a_lost_majority_ends_no_session_of_clients_that_obey_retry_after(replic
         wait_until(lambda: set(statuses_of(responses[-10:])) == {200}, 60)
     assert set(statuses_of(responses)) == {200, 503}
     assert set(statuses_of(send_at_once(10, refresh))) == {200}
+    service.stop()
     assert "authn_token_reuse " not in service.log
