@@ -221,6 +221,9 @@ def read_lifetime(name: str, default: str) -> int:
 
 
 SECRET_KEY = read_key()
+# PyJWT refuses a key in another format, such as PEM or JWK. Without this line, each request would
+# fail.
+jwt.encode({}, SECRET_KEY, algorithm="HS256")
 ACCESS_TOKEN_LIFETIME = timedelta(minutes=read_lifetime("ACCESS_TOKEN_EXPIRE_MINUTES", "15"))
 REFRESH_TOKEN_LIFETIME = timedelta(days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS", "7"))
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
+import jwt
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
@@ -72,7 +73,15 @@ def test_a_key_under_32_bytes_prevents_the_start(with_mongodb, monkeypatch, caps
     assert printed == "auth-jwt cannot start: JWT_SECRET_KEY must have at least 32 bytes.\n"
 
 
-@pytest.mark.parametrize("key", ["s" * 32, "ß" * 16, '{"kty": "oct", "k": "AAECAwQFBgcICQ"}'])
+@pytest.mark.parametrize("key", ["ssh-rsa " + "s" * 32, '{"kty": "oct", "k": "AAECAwQFBgcICQ"}'])
+def test_a_key_in_the_format_of_another_algorithm_prevents_the_start(
+    with_mongodb, monkeypatch, key
+):
+    with pytest.raises(jwt.InvalidKeyError):
+        load(ROOT / "auth.py", monkeypatch, JWT_SECRET_KEY=key)
+
+
+@pytest.mark.parametrize("key", ["s" * 32, "ß" * 16])
 def test_any_key_of_32_bytes_or_more_is_used(with_mongodb, monkeypatch, key):
     module = load(ROOT / "auth.py", monkeypatch, JWT_SECRET_KEY=key)
     assert module["SECRET_KEY"] == key.encode()

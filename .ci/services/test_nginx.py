@@ -402,6 +402,12 @@ def test_each_target_that_reaches_the_login_is_limited(nginx, site, form, target
     assert is_limited or not reaches_login
 
 
+@pytest.mark.parametrize("path", ["/api/auth/login", "/session/login", "/session/register"])
+def test_the_login_and_registration_of_an_application_are_limited(nginx, path):
+    nginx.reach_limit("192.0.2.12")
+    assert nginx.request(path, {}, address="192.0.2.12").status == 429
+
+
 def test_the_limit_is_one_for_login_and_registration(nginx):
     nginx.reach_limit("192.0.2.4")
     assert nginx.request("/auth/register", {}, address="192.0.2.4").status == 429
@@ -454,7 +460,7 @@ def test_a_429_of_the_service_keeps_its_body_and_retry_after(nginx, service):
 def test_the_registration_can_be_closed(start_nginx, site, service):
     credentials = {"email": new_email(), "password": PASSWORD}
     assert service.request("POST", "/auth/register", credentials).status == 201
-    nginx = start_nginx(f"location ~ ^{site.prefix}/auth/register")
+    nginx = start_nginx(f"location ~ ^{site.prefix}(?:/[^/]+)*/(?:auth|session)/register ")
     for path in ("/auth/register", "/auth/%72egister", "/auth/register?"):
         assert nginx.request(path, {}).status == 403
     assert nginx.request("/auth/login", credentials).status == 200

@@ -4,7 +4,7 @@ import logging
 
 from bson import ObjectId
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from accounts import auth, db
 from accounts.app import AuthRoute, Password, StrongPassword
@@ -18,8 +18,8 @@ router = APIRouter(route_class=AuthRoute, max_body_size=4 * 1024)
 class PasswordChange(BaseModel):
     """The current password and a new one."""
 
-    current_password: Password
-    new_password: StrongPassword
+    current_password: Password = Field(repr=False)
+    new_password: StrongPassword = Field(repr=False)
 
 
 @router.post("/password")
@@ -27,8 +27,8 @@ def change_password(
     body: PasswordChange, user: auth.CurrentUser, network: auth.ClientNetwork
 ) -> auth.Tokens:
     """Set the new password, end all other sessions and return the tokens of a new one."""
-    tokens = auth.log_in(user.email, body.current_password, network)
     password_hash = auth.hash_password(body.new_password, network)
+    tokens = auth.log_in(user.email, body.current_password, network)
     sid = auth.read_token(tokens.refresh_token, "refresh").sid
     # An operator who resets the password or disables the user ends all sessions. Then this query
     # matches nothing, and the operator's change stays.
