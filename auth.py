@@ -315,13 +315,13 @@ UNKNOWN_USER: db.Document = {
 
 def hash_password(password: str, network: str) -> str:
     """Return the Argon2id hash of the password. Raises Overloaded."""
-    with hold_hash_place(network):
+    with hold_hash_slot(network):
         return hasher.hash(password)
 
 
 def verify_password(password_hash: str, password: str, network: str) -> bool:
     """Return whether the password matches the Argon2id hash. Raises Overloaded."""
-    with hold_hash_place(network):
+    with hold_hash_slot(network):
         try:
             return hasher.verify(password_hash, password)
         except VerifyMismatchError:
@@ -329,50 +329,50 @@ def verify_password(password_hash: str, password: str, network: str) -> bool:
 
 
 class Overloaded(HTTPException):
-    """The 503 response if the network has no place for another hash, or if memory is low."""
+    """The 503 response if the network has no slot for another hash, or if memory is low."""
 
     def __init__(self) -> None:
         super().__init__(503, "The service is overloaded; try again", {"Retry-After": "1"})
 
 
-MAX_HASH_PLACES = 16
+MAX_HASH_SLOTS = 16
 # A hash takes 64 MiB and about 0.1 s. Running two at a time limits the memory, and leaves processor
 # time for requests that need no hash.
 MAX_RUNNING_HASHES = 2
 
 # The id and the network of each thread that hashes or waits, in the order of arrival.
-hash_places: dict[int, str] = {}
-hash_places_changed = Condition()
+hash_slots: dict[int, str] = {}
+hash_slots_changed = Condition()
 
 
 @contextmanager
-def hold_hash_place(network: str) -> Iterator[None]:
-    """Hold one of this process's places for hashes, and wait until the hash may run.
+def hold_hash_slot(network: str) -> Iterator[None]:
+    """Hold one of this process's slots for hashes, and wait until the hash may run.
 
-    A network gets another place only while it holds fewer places than are free. So the first one
-    gets 8 of the 16, the next ones 4, 2, 1 and 1, and a flood from one network leaves places for
+    A network gets another slot only while it holds fewer slots than are free. So the first one
+    gets 8 of the 16, the next ones 4, 2, 1 and 1, and a flood from one network leaves slots for
     others. Raises Overloaded.
     """
     thread = get_ident()
-    with hash_places_changed:
-        free_places = MAX_HASH_PLACES - len(hash_places)
-        own_places = list(hash_places.values()).count(network)
-        if own_places >= free_places:
+    with hash_slots_changed:
+        free_slots = MAX_HASH_SLOTS - len(hash_slots)
+        own_slots = list(hash_slots.values()).count(network)
+        if own_slots >= free_slots:
             raise Overloaded
-        hash_places[thread] = network
+        hash_slots[thread] = network
     try:
-        with hash_places_changed:
+        with hash_slots_changed:
             # A semaphore would not guarantee the order of arrival.
-            hash_places_changed.wait_for(lambda: thread in list(hash_places)[:MAX_RUNNING_HASHES])
+            hash_slots_changed.wait_for(lambda: thread in list(hash_slots)[:MAX_RUNNING_HASHES])
         yield
     except (Argon2Error, MemoryError) as error:
         # Argon2 got no memory or no thread, or the stored hash is damaged.
         logger.error("The service is overloaded: %r", error)
         raise Overloaded from None
     finally:
-        with hash_places_changed:
-            del hash_places[thread]
-            hash_places_changed.notify_all()
+        with hash_slots_changed:
+            del hash_slots[thread]
+            hash_slots_changed.notify_all()
 
 
 # Login limit

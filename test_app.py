@@ -89,26 +89,19 @@ def events(caplog):
     return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "auth_jwt"]
 
 
-class AnyDatetime(type):
-    """Makes each datetime an instance of the class, as PyJWT expects of its datetime class."""
-
-    def __instancecheck__(cls, value):
-        return isinstance(value, datetime)
+validate_exp = jwt.PyJWT._validate_exp
 
 
-class PyJWTClock(metaclass=AnyDatetime):
-    """Replaces the datetime class in PyJWT with the clock of auth.py."""
-
-    @staticmethod
-    def now(tz):
-        return auth.now()
+def validate_exp_with_auth_clock(self, payload, now, leeway):
+    """Replace PyJWT's clock with that of auth.py."""
+    validate_exp(self, payload, auth.now().timestamp(), leeway)
 
 
 @pytest.fixture
 def set_clock(monkeypatch):
     """A function that stops the clocks of auth.py and PyJWT at an offset from the present."""
     start = datetime.now(UTC).replace(microsecond=0)
-    monkeypatch.setattr(jwt.api_jwt, "datetime", PyJWTClock)
+    monkeypatch.setattr(jwt.PyJWT, "_validate_exp", validate_exp_with_auth_clock)
 
     def set_clock(**ahead):
         monkeypatch.setattr(auth, "now", lambda: start + timedelta(**ahead))
@@ -570,7 +563,7 @@ def test_the_right_password_removes_the_failures_of_its_network(client, tokens, 
 
 
 def test_a_login_without_a_place_for_its_hash_is_503(client, email, monkeypatch):
-    monkeypatch.setattr(auth, "hash_places", dict.fromkeys(range(8), ADDRESS))
+    monkeypatch.setattr(auth, "hash_slots", dict.fromkeys(range(8), ADDRESS))
     response = login(client, email)
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
     assert response.json() == {"detail": "The service is overloaded; try again"}

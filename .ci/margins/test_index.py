@@ -59,7 +59,7 @@ def test_a_registration_creates_the_index_after_the_collection_was_dropped(
     client, email, empty_collection, monkeypatch
 ):
     # All twelve may hash at the same time.
-    monkeypatch.setattr(auth, "MAX_HASH_PLACES", 24)
+    monkeypatch.setattr(auth, "MAX_HASH_SLOTS", 24)
     for number in range(3):
         db.prepare_collection()
         empty_collection.drop()

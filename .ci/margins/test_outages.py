@@ -116,7 +116,7 @@ def test_a_request_that_needs_the_database_is_503_without_it(
 ):
     for _ in range(2):
         assert is_unavailable(send(client, email, tokens))
-    assert not auth.hash_places
+    assert not auth.hash_slots
 
 
 def test_a_request_that_needs_no_database_works_without_it(client, other_user, no_server):
@@ -132,7 +132,7 @@ def test_an_error_of_mongodb_is_500_and_no_outage(client, tokens, email, fail, s
     for attempt in range(1, 4):
         assert is_database_error(send(client, email, tokens))
         assert collection.operations == attempt
-    assert not auth.hash_places
+    assert not auth.hash_slots
 
 
 def test_a_failed_login_that_cannot_be_recorded_is_503(client, tokens, email, fail, repair):

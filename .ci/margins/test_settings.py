@@ -74,9 +74,7 @@ def test_a_key_under_32_bytes_prevents_the_start(with_mongodb, monkeypatch, caps
 
 
 @pytest.mark.parametrize("key", ["ssh-rsa " + "s" * 32, '{"kty": "oct", "k": "AAECAwQFBgcICQ"}'])
-def test_a_key_in_the_format_of_another_algorithm_prevents_the_start(
-    with_mongodb, monkeypatch, key
-):
+def test_a_key_in_another_format_prevents_the_start(with_mongodb, monkeypatch, key):
     with pytest.raises(jwt.InvalidKeyError):
         load(ROOT / "auth.py", monkeypatch, JWT_SECRET_KEY=key)
 

@@ -41,14 +41,14 @@ from fastapi.staticfiles import StaticFiles
 
 import auth
 from app import app, router
-from test_app import CHEAP_HASHER, PyJWTClock
+from test_app import CHEAP_HASHER, validate_exp_with_auth_clock
 
 # The recipe expects a copy of the service in the package accounts.
 sys.modules |= {"accounts": types.ModuleType("accounts"), "accounts.auth": auth}
 import web_socket
 
 auth.hasher = CHEAP_HASHER
-jwt.api_jwt.datetime = PyJWTClock
+jwt.PyJWT._validate_exp = validate_exp_with_auth_clock
 app.include_router(router, prefix="/accounts")
 app.include_router(web_socket.router)
 

@@ -50,7 +50,7 @@ def test_aborted_logins_leave_no_place_taken(service):
                 connection.sendall(request)
 
     send_at_once(10, abort_logins)
-    # One network can take half of the places again.
+    # One network can take half of the slots again.
     wait_until(
         lambda: set(statuses_of(send_at_once(8, lambda _: service.login(email)))) == {200}, 60
     )

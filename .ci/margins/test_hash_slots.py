@@ -1,4 +1,4 @@
-"""Tests of the places for hashes: their shares, rejections, lack of memory and freezes."""
+"""Tests of the slots for hashes: their shares, rejections, lack of memory and freezes."""
 
 import asyncio
 import multiprocessing
@@ -42,20 +42,20 @@ class ConditionWithDeadline(Condition):
     """A condition that nobody waits for endlessly."""
 
     def wait_for(self, predicate):
-        assert super().wait_for(predicate, 30), "The place was not released within 30 s"
+        assert super().wait_for(predicate, 30), "The slot was not released within 30 s"
 
 
 @pytest.fixture(autouse=True)
 def no_endless_wait(monkeypatch):
-    """Let a hash fail if it waits for one that has not released its place."""
-    monkeypatch.setattr(auth, "hash_places", {})
-    monkeypatch.setattr(auth, "hash_places_changed", ConditionWithDeadline())
+    """Let a hash fail if it waits for one that has not released its slot."""
+    monkeypatch.setattr(auth, "hash_slots", {})
+    monkeypatch.setattr(auth, "hash_slots_changed", ConditionWithDeadline())
 
 
 @pytest.fixture
 def full(monkeypatch):
-    """Let ADDRESS hold 8 of the 16 places, which is its share."""
-    monkeypatch.setattr(auth, "hash_places", dict.fromkeys(range(8), ADDRESS))
+    """Let ADDRESS hold 8 of the 16 slots, which is its share."""
+    monkeypatch.setattr(auth, "hash_slots", dict.fromkeys(range(8), ADDRESS))
 
 
 def is_overloaded(response):
@@ -68,8 +68,8 @@ def is_overloaded(response):
 
 
 def start_logins(client, address, times, pool):
-    """Start logins from an address, and wait until each holds a place or was rejected."""
-    places_before = len(auth.hash_places)
+    """Start logins from an address, and wait until each holds a slot or was rejected."""
+    places_before = len(auth.hash_slots)
     logins = [
         pool.submit(login, client_at(client, address), f"{uuid.uuid4().hex}@example.com")
         for _ in range(times)
@@ -77,18 +77,18 @@ def start_logins(client, address, times, pool):
 
     def is_each_login_decided():
         rejections = sum(login.done() for login in logins)
-        return len(auth.hash_places) - places_before + rejections == times
+        return len(auth.hash_slots) - places_before + rejections == times
 
     wait_until(is_each_login_decided, 30)
     return logins
 
 
 def count_places(logins):
-    """Return how many of the logins got a place. The others were rejected."""
+    """Return how many of the logins got a slot. The others were rejected."""
     responses = [login.result() for login in logins]
-    places = [response.status_code for response in responses].count(401)
-    assert places + sum(map(is_overloaded, responses)) == len(responses)
-    return places
+    slots = [response.status_code for response in responses].count(401)
+    assert slots + sum(map(is_overloaded, responses)) == len(responses)
+    return slots
 
 
 def test_the_networks_get_8_4_2_1_and_1_of_the_16_places(client, blocked_hasher):
@@ -98,11 +98,11 @@ def test_the_networks_get_8_4_2_1_and_1_of_the_16_places(client, blocked_hasher)
         logins.append(start_logins(client, "192.0.2.6", 1, pool))
         blocked_hasher.unblock.set()
         assert [count_places(each) for each in logins] == [8, 4, 2, 1, 1, 0]
-    assert not auth.hash_places
+    assert not auth.hash_slots
 
 
 class SlowlyCountedPlaces(dict):
-    """Places that other threads could change between the count and the decision."""
+    """Slots that other threads could change between the count and the decision."""
 
     def values(self):
         sleep(0.01)
@@ -110,13 +110,13 @@ class SlowlyCountedPlaces(dict):
 
 
 def test_simultaneous_requests_never_get_more_places_than_their_share(monkeypatch):
-    monkeypatch.setattr(auth, "hash_places", SlowlyCountedPlaces())
+    monkeypatch.setattr(auth, "hash_slots", SlowlyCountedPlaces())
     monkeypatch.setattr(auth, "MAX_RUNNING_HASHES", 16)
     all_have_tried = Barrier(16)
 
     def try_to_hold_a_place():
         try:
-            with auth.hold_hash_place(ADDRESS):
+            with auth.hold_hash_slot(ADDRESS):
                 all_have_tried.wait(30)
                 return True
         except auth.Overloaded:
@@ -124,7 +124,7 @@ def test_simultaneous_requests_never_get_more_places_than_their_share(monkeypatc
             return False
 
     assert sum(in_parallel(try_to_hold_a_place, 16)) == 8
-    assert not auth.hash_places
+    assert not auth.hash_slots
 
 
 # Rejections
@@ -141,7 +141,7 @@ def test_simultaneous_requests_never_get_more_places_than_their_share(monkeypatc
 def test_a_hash_needs_a_place(full, take_place):
     with pytest.raises(auth.Overloaded):
         take_place()
-    assert len(auth.hash_places) == 8
+    assert len(auth.hash_slots) == 8
 
 
 def test_a_rejected_login_is_no_failed_login(client, tokens, email, full, events):
@@ -220,7 +220,7 @@ class FailingHasher(PasswordHasher):
 def test_a_place_is_released_after_a_hash_and_a_mismatch(client, tokens, email):
     responses = [login(client, email), login(client, email, "wrong"), register(client, email)]
     assert [response.status_code for response in responses] == [200, 401, 409]
-    assert not auth.hash_places
+    assert not auth.hash_slots
 
 
 def test_a_place_is_released_after_an_unexpected_error_which_is_not_converted(
@@ -229,21 +229,21 @@ def test_a_place_is_released_after_an_unexpected_error_which_is_not_converted(
     monkeypatch.setattr(auth, "hasher", FailingHasher(verify_error=KeyError("unexpected")))
     with pytest.raises(KeyError, match="unexpected"):
         login(client, email)
-    assert not auth.hash_places
+    assert not auth.hash_slots
 
 
 def test_no_place_is_held_during_a_query(client, email, monkeypatch):
-    users, places = db.users, []
+    users, slots = db.users, []
 
     class WatchedCollection:
         def __getattr__(self, name):
-            places.append(len(auth.hash_places))
+            slots.append(len(auth.hash_slots))
             return getattr(users, name)
 
     monkeypatch.setattr(db, "users", WatchedCollection())
     responses = [register(client, email), login(client, email), login(client, email, "wrong")]
     assert [response.status_code for response in responses] == [201, 200, 401]
-    assert set(places) == {0}
+    assert set(slots) == {0}
 
 
 # Two at a time
@@ -257,7 +257,7 @@ def test_at_most_two_hashes_run_at_the_same_time(
     db.users.update_one({"email": email}, {"$set": {"password_hash": OLDER_HASH}})
     with ThreadPoolExecutor(8) as pool:
         requests = [pool.submit(send, client, email) for _ in range(8)]
-        wait_until(lambda: len(auth.hash_places) == 8 and blocked_hasher.running >= 2, 30)
+        wait_until(lambda: len(auth.hash_slots) == 8 and blocked_hasher.running >= 2, 30)
         sleep(0.2)  # A third hash would start within this time.
         blocked_hasher.unblock.set()
         assert {request.result().status_code for request in requests} == {status}
@@ -281,7 +281,7 @@ def test_a_client_that_hashes_again_waits_for_those_that_came_before(monkeypatch
         calls = [pool.submit(verify_twice)]
         wait_until(lambda: order == ["first"], 30)
         calls.append(pool.submit(auth.verify_password, OLDER_HASH, "second", "192.0.2.1"))
-        wait_until(lambda: len(auth.hash_places) == 2, 30)
+        wait_until(lambda: len(auth.hash_slots) == 2, 30)
         end.set()
         for call in calls:
             call.result(30)
@@ -305,7 +305,7 @@ def test_a_password_that_cannot_be_verified_is_503_and_no_failed_login(
     logged = [("ERROR", f"The service is overloaded: {error!r}")] * 2
     assert events() == events_before + logged
     assert "login_failures" not in stored_user(tokens)
-    assert not auth.hash_places
+    assert not auth.hash_slots
     assert login(client, email).status_code == 200
 
 
@@ -315,7 +315,7 @@ def test_a_password_that_cannot_be_hashed_is_503(client, email, events, monkeypa
         patch.setattr(auth, "hasher", FailingHasher(hash_error=error))
         assert is_overloaded(register(client, email))
     assert events() == [("ERROR", f"The service is overloaded: {error!r}")]
-    assert not auth.hash_places
+    assert not auth.hash_slots
     assert register(client, email).status_code == 201
 
 
@@ -389,7 +389,7 @@ def hash_in_the_event_loop_and_in_threads():
         with ThreadPoolExecutor(60) as pool:
             statuses = set(pool.map(send, range(60)))
         assert {200} <= statuses <= {200, 503}
-        assert not auth.hash_places
+        assert not auth.hash_slots
         assert [send(0), send(1)] == [200, 200]
 
 
