@@ -22,7 +22,7 @@ def test_all_requests_get_a_documented_response(tmp_path):
     command = [f"{sys.prefix}/bin/schemathesis", "run", url, "--no-color"]
     command += ["--header", f"Authorization: Bearer {access_token}"]
     command += ["--phases", "examples,coverage,fuzzing", "--continue-on-failure"]
-    command += ["--max-examples", "20", "--max-time", "20", "--report-dir", str(tmp_path)]
+    command += ["--max-examples", "20", "--max-time", "15", "--report-dir", str(tmp_path)]
     # JSON Schema cannot describe all rules for a password.
     command += ["--exclude-checks", "positive_data_acceptance"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
