@@ -9,16 +9,16 @@ generation in the token:
 - The current generation: the session advances to the next generation in one atomic update, and the
   response contains the tokens of that generation.
 - The previous generation, within a grace period of a minute: the response to the first refresh was
-  probably lost, so this one contains the tokens of the current generation again.
-- Otherwise, a replaced token was used again. It may be stolen, so the session ends (RFC 9700
+  probably lost, so the tokens of the current generation are sent again.
+- An older one: a replaced token was used again. It may be stolen, so the session ends (RFC 9700
   section 4.14.2).
 
-An expired refresh token ends its session as well. Each request with an access token looks up its
-session, but does not compare the generation. So a logout is effective immediately, and a refresh
-does not invalidate older access tokens.
+A refresh with an expired token ends the session as well. Each request with an access token looks
+up its session, but does not compare the generation. So a logout is effective immediately, and a
+refresh does not invalidate older access tokens.
 
-Failed logins and simultaneous password hashes are limited per network, which is the IPv4 address or
-the IPv6 /56 network of a client.
+Failed logins and simultaneous password hashes are limited, mainly per network. The network of a
+client is its IPv4 address or its IPv6 /56 network.
 """
 
 import ipaddress
@@ -93,13 +93,16 @@ def register(email: str, password: str, network: str) -> Tokens:
 
 
 def log_in(email: str, password: str, network: str) -> Tokens:
-    """Start a session. A 401 does not reveal whether the email is registered; a 429 does."""
+    """Start a session. A 401 does not reveal whether the email is registered.
+
+    A 429 does, because failed logins are recorded only for registered emails.
+    """
     user = db.find_user_by_email(email) or UNKNOWN_USER
     user_id, stored_hash = str(user["_id"]), user["password_hash"]
     check_login_limit(user, network)
     is_correct = verify_password(stored_hash, password, network)
-    # Check again, because parallel guesses all pass the first check. A correct guess beyond the
-    # limit must fail, too.
+    # Parallel guesses can all pass the first check. Check again, with the failures that others have
+    # recorded during the hash, so that a correct guess beyond the limit fails, too.
     check_login_limit(db.find_user_by_email(email) or UNKNOWN_USER, network)
     if not is_correct:
         db.record_failed_login(email, network, now())
@@ -113,7 +116,7 @@ def log_in(email: str, password: str, network: str) -> Tokens:
         user_id, verified_hash=stored_hash, new_hash=new_hash, session=session, network=network
     )
     if not is_added:
-        # The user was deleted, or another request has replaced the hash. Start over.
+        # Another request has deleted the user or replaced the hash. Start over with the new state.
         return log_in(email, password, network)
     logger.info(
         "authn_login_success user=%s session=%s network=%s", user_id, session["sid"], network
@@ -137,8 +140,8 @@ def refresh(refresh_token: str, network: str) -> Tokens:
                 claims.sid,
                 network,
             )
-            # Not the next generation: if the first response arrives after all, its tokens must
-            # remain valid.
+            # The session does not advance again. If the first response arrives after all, its
+            # tokens are valid.
             return create_tokens(claims.sub, session)
     end_session(claims, network)
     raise InvalidToken
@@ -150,7 +153,7 @@ def log_out(refresh_token: str, network: str) -> None:
     end_session(claims, network)
 
 
-# A host application may have a security scheme with the default name, HTTPBearer, in its OpenAPI.
+# If another app includes the router, its own HTTPBearer scheme must not collide with this one.
 bearer = HTTPBearer(scheme_name="AccessToken", description="Paste an access_token.")
 
 
@@ -177,14 +180,15 @@ def new_session() -> db.Session:
 def was_just_replaced(claims: Claims, session: db.Session) -> bool:
     """Return whether the token is of the previous generation and in its grace period."""
     is_previous = claims.generation == session["generation"] - 1
-    # The difference is negative if the clocks of two servers differ.
+    # The difference can be negative, because the clocks of two servers can differ.
     return is_previous and abs(now() - session["issued_at"]) < timedelta(minutes=1)
 
 
 def end_session(claims: Claims, network: str) -> None:
     """Delete the session of a refresh token if it exists, and log it.
 
-    A replaced token outside of its grace period is logged as reuse.
+    A replaced token outside of its grace period is logged as reuse. A logout can send one within
+    that period, too.
     """
     session = db.delete_session(claims.sub, claims.sid)
     if session is None:
@@ -212,7 +216,7 @@ def read_key() -> bytes:
 
 
 def read_lifetime(name: str, default: str) -> int:
-    """Return the setting as a positive whole number, in the unit of its name."""
+    """Return the setting, a whole number from 1 to 99999. Its name contains the unit."""
     value = db.read_setting(name, default)
     # Far larger numbers would overflow datetime.
     if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 99_999):
@@ -221,8 +225,7 @@ def read_lifetime(name: str, default: str) -> int:
 
 
 SECRET_KEY = read_key()
-# PyJWT refuses a key in another format, such as PEM or JWK. Without this line, each request would
-# fail.
+# Fail at the start if PyJWT refuses the key, for example because it has the format PEM or JWK.
 jwt.encode({}, SECRET_KEY, algorithm="HS256")
 ACCESS_TOKEN_LIFETIME = timedelta(minutes=read_lifetime("ACCESS_TOKEN_EXPIRE_MINUTES", "15"))
 REFRESH_TOKEN_LIFETIME = timedelta(days=read_lifetime("REFRESH_TOKEN_EXPIRE_DAYS", "7"))
@@ -273,7 +276,7 @@ def read_token(token: str, token_type: str, allow_expired: bool = False) -> Clai
         )
         claims = Claims.model_validate(payload)
     except (jwt.InvalidTokenError, ValueError):
-        # Pydantic's ValidationError is a ValueError, as is the error for a token that is not UTF-8.
+        # Pydantic's ValidationError is a ValueError, as is the error for a token with a surrogate.
         raise InvalidToken from None
     if claims.type != token_type:
         raise InvalidToken
@@ -329,12 +332,13 @@ def verify_password(password_hash: str, password: str, network: str) -> bool:
 
 
 class Overloaded(HTTPException):
-    """The 503 response if the network has no slot for another hash, or if memory is low."""
+    """The 503 response if the network gets no slot for a hash, or if Argon2 fails."""
 
     def __init__(self) -> None:
         super().__init__(503, "The service is overloaded; try again", {"Retry-After": "1"})
 
 
+# The hashes that wait or run in this process.
 MAX_HASH_SLOTS = 16
 # A hash takes 64 MiB and about 0.1 s. Running two at a time limits the memory, and leaves processor
 # time for requests that need no hash.
@@ -347,11 +351,11 @@ hash_slots_changed = Condition()
 
 @contextmanager
 def hold_hash_slot(network: str) -> Iterator[None]:
-    """Hold one of this process's slots for hashes, and wait until the hash may run.
+    """Take a slot, wait until the hash may run, and keep the slot until it ends. Raises Overloaded.
 
-    A network gets another slot only while it holds fewer slots than are free. So the first one
-    gets 8 of the 16, the next ones 4, 2, 1 and 1, and a flood from one network leaves slots for
-    others. Raises Overloaded.
+    A network gets another slot only while it holds fewer slots than are free. With 16 slots, the
+    first network gets at most 8, the next ones 4, 2, 1 and 1. So a flood from one network leaves
+    slots for others.
     """
     thread = get_ident()
     with hash_slots_changed:
@@ -366,7 +370,7 @@ def hold_hash_slot(network: str) -> Iterator[None]:
             hash_slots_changed.wait_for(lambda: thread in list(hash_slots)[:MAX_RUNNING_HASHES])
         yield
     except (Argon2Error, MemoryError) as error:
-        # Argon2 got no memory or no thread, or the stored hash is damaged.
+        # Argon2 got no memory or no thread, or a stored hash is damaged.
         logger.error("The service is overloaded: %r", error)
         raise Overloaded from None
     finally:
@@ -382,10 +386,11 @@ MAX_FAILURES_PER_NETWORK = 20
 
 
 def check_login_limit(user: db.Document, network: str) -> None:
-    """Raise a 429 after 20 failed logins of the user from this network in an hour, or 100 from all.
+    """Raise a 429 if the user has had too many failed logins within an hour.
 
-    The second limit (NIST SP 800-63B-4 section 3.2.2) exempts a network from which the user has
-    started a session that has not expired.
+    The limits are 20 from this network, and 100 from all networks (NIST SP 800-63B-4 section
+    3.2.2). The second one exempts a network from which the user has started a session that has not
+    expired.
     """
     # A failure far in the future is due to a wrong clock, and must not lock the user out.
     recent_failures = [
@@ -397,8 +402,9 @@ def check_login_limit(user: db.Document, network: str) -> None:
     wait = get_wait(own_failures, MAX_FAILURES_PER_NETWORK)
     wait_for_all = get_wait(recent_failures, db.MAX_LOGIN_FAILURES)
     if wait_for_all > wait:
-        expired_until = now() - REFRESH_TOKEN_LIFETIME
-        if not db.has_session_since(str(user["_id"]), network, expired_until):
+        # A session that was last refreshed before this time has expired.
+        unexpired_since = now() - REFRESH_TOKEN_LIFETIME
+        if not db.has_session_since(str(user["_id"]), network, unexpired_since):
             wait = wait_for_all
     if wait > timedelta(0):
         logger.warning("authn_login_lock user=%s network=%s", user["_id"], network)
@@ -412,6 +418,7 @@ def get_wait(recent_failures: list[db.Document], limit: int) -> timedelta:
     if len(recent_failures) < limit:
         return timedelta(0)
     times: list[datetime] = sorted(failure["failed_at"] for failure in recent_failures)
+    # When this failure is older than LIMIT_PERIOD, only the limit - 1 newer ones are left.
     return times[-limit] + LIMIT_PERIOD - now()
 
 

@@ -7,8 +7,8 @@ A user is one document, so each change to a user or a session is one atomic upda
      login_failures: [{network, failed_at}]}
 
 The sessions are in a field named `refresh_tokens` because existing databases use that name. Times
-are in UTC. Other programs may write to the collection, too. A user whose document lacks this form
-cannot log in.
+are in UTC. Other programs may write to the collection, too. A user can log in only if `login_query`
+matches the document. The last three fields can be missing.
 """
 
 import logging
@@ -46,8 +46,7 @@ Document = dict[str, Any]
 def abort_startup(reason: str) -> NoReturn:
     """Print the reason and exit with status 3, which also ends `uvicorn --workers`."""
     print(f"auth-jwt cannot start: {reason}", file=sys.stderr)
-    # uvicorn prints a traceback. It must not contain an earlier error, whose message could quote a
-    # secret.
+    # `from None` keeps an earlier error, which could quote a secret, out of uvicorn's traceback.
     raise SystemExit(3) from None
 
 
@@ -55,8 +54,8 @@ def find_env_file() -> Path | None:
     """Return the path of the nearest .env, in the folder of this file or above."""
     for folder in Path(__file__).absolute().parents:
         path = folder / ".env"
-        # A virtual environment can be a folder named .env. lexists() also finds a broken link, so a
-        # missing secret is an error.
+        # A virtual environment can be a folder named .env. lexists() also finds a broken link, so
+        # that reading it is an error.
         if os.path.lexists(path) and not path.is_dir():
             return path
     return None
@@ -105,7 +104,7 @@ def get_collection() -> Collection[Document]:
     try:
         with catch_warnings(action="default"):
             # PyMongo only warns about an invalid option. A misspelled TLS option would disable TLS,
-            # so these warnings are errors. Its other warnings are harmless.
+            # so these warnings are raised as errors. The other warnings are harmless.
             filterwarnings("error", "Unknown option|The value of|authMechanism must")
             client = MongoClient[Document](
                 MONGO_URI,
@@ -147,7 +146,8 @@ class DatabaseUnavailable(HTTPException):
 
 RETRY_INTERVAL = 1.0  # seconds
 
-# Values of monotonic(). next_attempt is None unless there is an outage.
+# Values of monotonic(). During an outage, next_attempt is the time from which one query may be
+# tried. Otherwise, it is None.
 last_response = float("-inf")
 next_attempt: float | None = None
 
@@ -161,8 +161,8 @@ def circuit_breaker() -> Iterator[None]:
 
     Raises DatabaseUnavailable during an outage, and a 500 for another error of MongoDB. An outage
     begins when a query gets no usable response and no other query has had one for RETRY_INTERVAL.
-    The next response ends it. Until then, only one query per RETRY_INTERVAL is tried, because each
-    one would occupy a thread for TIMEOUT_MS.
+    The next usable response ends it. Until then, about one query per RETRY_INTERVAL is tried,
+    because each one can occupy a thread for TIMEOUT_MS.
     """
     global last_response, next_attempt
     # Read once, because another thread can end the outage at any time.
@@ -205,7 +205,7 @@ def is_outage(error: Exception) -> bool:
     if isinstance(error, OperationFailure):
         # For example a query that timed out, or a server that is shutting down.
         return error.timeout or error.has_error_label("RetryableWriteError")
-    # InvalidBSON is the error for a document that cannot be decoded.
+    # InvalidBSON is a document that cannot be decoded. The others concern the connection.
     return not isinstance(error, InvalidBSON)
 
 
@@ -236,7 +236,7 @@ def ensure_unique_index() -> None:
             raise
         for name, index in users.index_information().items():
             if is_unique_on_email(index):
-                # An index is listed before it is built. This waits for it.
+                # An index is listed before it is built. To create it again waits until it is built.
                 is_sparse = index.get("sparse", False)
                 users.create_index("email", name=name, unique=True, sparse=is_sparse)
                 return
@@ -293,15 +293,15 @@ def create_user(email: str, password_hash: str, session: Session, network: str) 
     except DuplicateKeyError:
         if users.find_one({"email": email}, {"_id": 1}) is not None:
             return None
-        # Retry once: the other user was deleted meanwhile. A violation of another unique index
-        # raises an error again.
+        # The other user has been deleted meanwhile, so retry once. A violation of another unique
+        # index raises an error again.
         users.insert_one(user)
     return str(user["_id"])
 
 
 def login_query(email: str) -> Document:
-    """Return a filter for the user with this email whose document has the form of this service."""
-    # In MongoDB, a condition on a field also matches an array with such an element.
+    """Return a filter for the user with this email, if it is a user of this service."""
+    # In MongoDB, a condition also matches an array with such an element, so arrays are excluded.
     not_array = {"$not": {"$type": "array"}}
     return {
         "_id": {"$type": "objectId"},
@@ -321,7 +321,7 @@ def find_user_by_session(user_id: str, sid: str) -> Document | None:
     """Return the user's email and created_at, or None if the user or session does not exist."""
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
     user = users.find_one(query, {"email": 1, "created_at": 1})
-    # Documents of other programs may lack these fields or have other types.
+    # Another program may have changed or omitted these fields.
     if user is None or not isinstance(user.get("email"), str):
         return None
     if not isinstance(user.get("created_at"), datetime):
@@ -343,7 +343,7 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
 
 @circuit_breaker()
 def has_session_since(user_id: str, network: str, since: datetime) -> bool:
-    """Return whether a session that was started from the network was last refreshed after that."""
+    """Return whether a session started from the network has been issued tokens since that time."""
     session = {"network": network, "issued_at": {"$gt": since}}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": session}}
     return users.find_one(query, {"_id": 1}) is not None
@@ -353,10 +353,10 @@ def has_session_since(user_id: str, network: str, since: datetime) -> bool:
 def add_session(
     user_id: str, verified_hash: str, new_hash: str, session: Session, network: str
 ) -> bool:
-    """Add a session, set the password hash and drop the failed logins of the network.
+    """Add a session, keep the newest ones, set the hash and drop the failed logins of the network.
 
-    Return whether the user still exists with the verified hash. The query contains it, so that the
-    login fails if the password was changed in the meantime.
+    Return whether the user still exists with the verified hash. The query contains it, so that no
+    session is added if the password was changed in the meantime.
     """
     query = {"_id": ObjectId(user_id), "password_hash": verified_hash}
     newest_sessions = {
@@ -374,7 +374,7 @@ def add_session(
 
 @circuit_breaker()
 def advance_session(user_id: str, next_session: Session) -> bool:
-    """Advance the session to the next generation. Return whether it was in the previous one.
+    """Store the next generation of a session if the previous one is current. Return whether it was.
 
     The query compares and the update sets in one step, so only one of two simultaneous refreshes
     advances the session.
@@ -400,8 +400,9 @@ def find_session(user_id: str, sid: str) -> Session | None:
 def delete_session(user_id: str, sid: str) -> Session | None:
     """Delete the session. Return it as it was, or None if it does not exist.
 
-    Even if nothing matches, MongoDB waits until a majority of the servers has all earlier writes.
-    So a repeated logout is acknowledged only when the first one survives a failover.
+    Even if nothing matches, MongoDB waits until a majority of the servers has all earlier writes,
+    which it usually has. So a repeated logout is acknowledged only when the first one survives a
+    failover.
     """
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
     projection = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
