@@ -136,12 +136,12 @@ router = APIRouter(
     tags=["auth"],
     route_class=AuthRoute,
     lifespan=prepare_database,
-    # Bytes. An ASCII email and a password take at most 3,100 if each character is escaped: 254 * 6
-    # + 128 * 12. Requires FastAPI 0.164.
+    # Bytes. A JSON escape takes 6 per character, or 12 above U+FFFF. So an ASCII email and a
+    # password take at most 254 * 6 + 128 * 12 = 3,060. The parameter needs FastAPI 0.164.
     max_body_size=4 * 1024,
     generate_unique_id_function=lambda route: route.name,
-    # A 413 can be plain text, so it has no model. A 400 is FastAPI's response to a body that it
-    # cannot decode.
+    # A 413 can be plain text, so it has no model. The routes add 400, which FastAPI sends if it
+    # cannot decode the body.
     responses=errors(503) | {413: {}},
 )
 

@@ -2,16 +2,16 @@
 
 A login starts a session, which is stored with its user. A session has an id (sid) and a
 generation, which counts its refreshes. Its two tokens are JWTs (RFC 7519) that contain the user's
-id, the sid and the generation. The access token authenticates requests for 15 minutes. The refresh
-token can be exchanged for two new tokens within 7 days. The result of such a refresh depends on the
-generation in the token:
+id, the sid and the generation. By default, the access token authenticates requests for 15 minutes,
+and the refresh token can be exchanged for two new tokens within 7 days. The result of such a
+refresh depends on the generation in the token:
 
 - The current generation: the session advances to the next generation in one atomic update, and the
   response contains the tokens of that generation.
 - The previous generation, within a grace period of a minute: the response to the first refresh was
   probably lost, so the tokens of the current generation are sent again.
-- An older one: a replaced token was used again. It may be stolen, so the session ends (RFC 9700
-  section 4.14.2).
+- Any other, such as the previous generation after the grace period: a replaced token was used
+  again. It may be stolen, so the session ends (RFC 9700 section 4.14.2).
 
 A refresh with an expired token ends the session as well. Each request with an access token looks
 up its session, but does not compare the generation. So a logout is effective immediately, and a
@@ -101,8 +101,8 @@ def log_in(email: str, password: str, network: str) -> Tokens:
     user_id, stored_hash = str(user["_id"]), user["password_hash"]
     check_login_limit(user, network)
     is_correct = verify_password(stored_hash, password, network)
-    # Parallel guesses can all pass the first check. Check again, with the failures that others have
-    # recorded during the hash, so that a correct guess beyond the limit fails, too.
+    # Parallel guesses can all pass the first check. Check again after the hash, so that only those
+    # within the limit can succeed.
     check_login_limit(db.find_user_by_email(email) or UNKNOWN_USER, network)
     if not is_correct:
         db.record_failed_login(email, network, now())
@@ -116,7 +116,7 @@ def log_in(email: str, password: str, network: str) -> Tokens:
         user_id, verified_hash=stored_hash, new_hash=new_hash, session=session, network=network
     )
     if not is_added:
-        # Another request has deleted the user or replaced the hash. Start over with the new state.
+        # The user was deleted or has another hash by now. Start over with the new state.
         return log_in(email, password, network)
     logger.info(
         "authn_login_success user=%s session=%s network=%s", user_id, session["sid"], network
@@ -187,8 +187,8 @@ def was_just_replaced(claims: Claims, session: db.Session) -> bool:
 def end_session(claims: Claims, network: str) -> None:
     """Delete the session of a refresh token if it exists, and log it.
 
-    A replaced token outside of its grace period is logged as reuse. A logout can send one within
-    that period, too.
+    A replaced token is logged as reuse, except in its grace period. Then a client may be logging
+    out with it because the response to its refresh was lost.
     """
     session = db.delete_session(claims.sub, claims.sid)
     if session is None:
@@ -240,7 +240,10 @@ class InvalidToken(HTTPException):
 
 
 def create_tokens(user_id: str, session: db.Session) -> Tokens:
-    """Return the tokens of this generation of the session."""
+    """Return the tokens of this generation of the session.
+
+    They are not stored. A repeated call signs the same ones, because exp depends on issued_at.
+    """
     return Tokens(
         user_id=user_id,
         access_token=sign("access", user_id, session, ACCESS_TOKEN_LIFETIME),
@@ -276,7 +279,7 @@ def read_token(token: str, token_type: str, allow_expired: bool = False) -> Clai
         )
         claims = Claims.model_validate(payload)
     except (jwt.InvalidTokenError, ValueError):
-        # Pydantic's ValidationError is a ValueError, as is the error for a token with a surrogate.
+        # Pydantic's ValidationError and the UnicodeEncodeError for a lone surrogate are ValueErrors.
         raise InvalidToken from None
     if claims.type != token_type:
         raise InvalidToken
@@ -370,7 +373,8 @@ def hold_hash_slot(network: str) -> Iterator[None]:
             hash_slots_changed.wait_for(lambda: thread in list(hash_slots)[:MAX_RUNNING_HASHES])
         yield
     except (Argon2Error, MemoryError) as error:
-        # Argon2 got no memory or no thread, or a stored hash is damaged.
+        # Argon2 got no memory or no thread, or a stored hash is damaged. verify_password handles a
+        # wrong password itself.
         logger.error("The service is overloaded: %r", error)
         raise Overloaded from None
     finally:
@@ -418,7 +422,7 @@ def get_wait(recent_failures: list[db.Document], limit: int) -> timedelta:
     if len(recent_failures) < limit:
         return timedelta(0)
     times: list[datetime] = sorted(failure["failed_at"] for failure in recent_failures)
-    # When this failure is older than LIMIT_PERIOD, only the limit - 1 newer ones are left.
+    # Once this failure is older than LIMIT_PERIOD, only the limit - 1 newer ones are left.
     return times[-limit] + LIMIT_PERIOD - now()
 
 

@@ -8,7 +8,7 @@ A user is one document, so each change to a user or a session is one atomic upda
 
 The sessions are in a field named `refresh_tokens` because existing databases use that name. Times
 are in UTC. Other programs may write to the collection, too. A user can log in only if `login_query`
-matches the document. The last three fields can be missing.
+matches the document; created_at, refresh_tokens and login_failures can be missing.
 """
 
 import logging
@@ -161,8 +161,8 @@ def circuit_breaker() -> Iterator[None]:
 
     Raises DatabaseUnavailable during an outage, and a 500 for another error of MongoDB. An outage
     begins when a query gets no usable response and no other query has had one for RETRY_INTERVAL.
-    The next usable response ends it. Until then, about one query per RETRY_INTERVAL is tried,
-    because each one can occupy a thread for TIMEOUT_MS.
+    The next usable response ends it, even if it is an error. Until then, about one query per
+    RETRY_INTERVAL is tried, because each one can occupy a thread for TIMEOUT_MS.
     """
     global last_response, next_attempt
     # Read once, because another thread can end the outage at any time.
@@ -205,7 +205,7 @@ def is_outage(error: Exception) -> bool:
     if isinstance(error, OperationFailure):
         # For example a query that timed out, or a server that is shutting down.
         return error.timeout or error.has_error_label("RetryableWriteError")
-    # InvalidBSON is a document that cannot be decoded. The others concern the connection.
+    # InvalidBSON is a document that cannot be decoded. Other errors mostly concern the connection.
     return not isinstance(error, InvalidBSON)
 
 
@@ -222,8 +222,7 @@ def get_error_name(error: Exception) -> str:
 
 # Unique index
 
-# MongoDB's codes for an index with the same keys and another name, and one with the same name and
-# other options: IndexOptionsConflict and IndexKeySpecsConflict.
+# IndexOptionsConflict: same keys, another name. IndexKeySpecsConflict: same name, other options.
 INDEX_CONFLICTS = (85, 86)
 
 
@@ -236,7 +235,7 @@ def ensure_unique_index() -> None:
             raise
         for name, index in users.index_information().items():
             if is_unique_on_email(index):
-                # An index is listed before it is built. To create it again waits until it is built.
+                # An index is listed before it is built. Creating it again waits for the build.
                 is_sparse = index.get("sparse", False)
                 users.create_index("email", name=name, unique=True, sparse=is_sparse)
                 return
@@ -335,15 +334,15 @@ def record_failed_login(email: str, network: str, failed_at: datetime) -> None:
     failure = {"network": network, "failed_at": failed_at}
     # $slice needs $each. A negative number keeps the last elements.
     push = {"$each": [failure], "$slice": -MAX_LOGIN_FAILURES}
-    # With a majority, the update would take longer if it matches than if it does not, which would
-    # reveal that the email is registered.
+    # With a majority, a matching update would wait for replication, and others usually would not.
+    # The duration of a 401 would then reveal whether the email is registered.
     users_w1 = users.with_options(write_concern=WriteConcern(1))
     users_w1.update_one(login_query(email), {"$push": {"login_failures": push}})
 
 
 @circuit_breaker()
 def has_session_since(user_id: str, network: str, since: datetime) -> bool:
-    """Return whether a session started from the network has been issued tokens since that time."""
+    """Return whether the user has a session from the network with tokens issued after that time."""
     session = {"network": network, "issued_at": {"$gt": since}}
     query = {"_id": ObjectId(user_id), "refresh_tokens": {"$elemMatch": session}}
     return users.find_one(query, {"_id": 1}) is not None
@@ -355,8 +354,8 @@ def add_session(
 ) -> bool:
     """Add a session, keep the newest ones, set the hash and drop the failed logins of the network.
 
-    Return whether the user still exists with the verified hash. The query contains it, so that no
-    session is added if the password was changed in the meantime.
+    Return whether the user still exists with the verified hash. The query contains this hash, so
+    that no session is added if the password was changed in the meantime.
     """
     query = {"_id": ObjectId(user_id), "password_hash": verified_hash}
     newest_sessions = {
@@ -400,9 +399,9 @@ def find_session(user_id: str, sid: str) -> Session | None:
 def delete_session(user_id: str, sid: str) -> Session | None:
     """Delete the session. Return it as it was, or None if it does not exist.
 
-    Even if nothing matches, MongoDB waits until a majority of the servers has all earlier writes,
-    which it usually has. So a repeated logout is acknowledged only when the first one survives a
-    failover.
+    Even if nothing matches, MongoDB waits until a majority of the servers has all earlier writes.
+    Usually, it already has them. So a repeated logout is acknowledged only when the first one
+    survives a failover.
     """
     query = {"_id": ObjectId(user_id), "refresh_tokens.sid": sid}
     projection = {"refresh_tokens": {"$elemMatch": {"sid": sid}}}
