@@ -279,7 +279,7 @@ def read_token(token: str, token_type: str, allow_expired: bool = False) -> Clai
         )
         claims = Claims.model_validate(payload)
     except (jwt.InvalidTokenError, ValueError):
-        # Pydantic's ValidationError and the UnicodeEncodeError for a lone surrogate are ValueErrors.
+        # Pydantic's ValidationError is a ValueError. So is the UnicodeEncodeError of a surrogate.
         raise InvalidToken from None
     if claims.type != token_type:
         raise InvalidToken
