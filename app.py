@@ -92,8 +92,8 @@ class AuthRoute(APIRoute):
     """A route for credentials and tokens.
 
     - A 422 omits the input, which can be a password.
-    - A 503 for overload is delayed, so that a client that ignores Retry-After cannot send hundreds
-      of requests per second.
+    - A 503 for overload is delayed, so that a client that ignores Retry-After can send only one
+      request per second on a connection.
     - A successful response has Cache-Control: no-store (RFC 6749 section 5.1).
     """
 
